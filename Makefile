@@ -1,0 +1,60 @@
+# Each target builds what it needs by itself; a second run starts at once.
+# On a fresh machine only Python 3.11, bash, awk and make have to be there.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+export MODESEEK_HOME ?= $(HOME)/.modeseek
+PYTHON_VENV := .venv/bin/python
+PYTEST_ARGS ?=
+
+.PHONY: help setup setup-dev demo test check format serve playground bench clean clean-all
+
+help:  ## Explain the targets (this text)
+	@echo "modeseek-ray: weighted fine-tuning of language models as a service on Ray"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Environment:"
+	@echo "  MODESEEK_HOME   models, jobs and the database ($(MODESEEK_HOME))"
+	@echo "  PYTHON          the Python 3.11 that .venv is made of"
+	@echo "  PYTEST_ARGS     more for pytest:  make test PYTEST_ARGS='-k weights -x'"
+
+setup:  ## Build .venv from the pinned list (about 3 minutes and 4 GB, once)
+	@deploy/setup.sh cpu
+
+setup-dev:
+	@deploy/setup.sh cpu dev
+
+demo: setup  ## Two real jobs over HTTP on this machine, plain SFT and weighted, then a table and a report
+	@.venv/bin/modeseek demo
+
+test: check playground  ## Everything: environment, checks, small models (cached), every test
+	@$(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS)
+
+check: setup-dev  ## Lint, formatting and types
+	@echo "check: ruff" && .venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@echo "check: mypy" && .venv/bin/mypy
+
+format: setup-dev  ## Put the code into shape: ruff's safe fixes, then its formatter
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+serve: setup  ## Start the service and Ray on this machine (127.0.0.1:8420); Ctrl-C ends both
+	@.venv/bin/modeseek serve
+
+playground: setup  ## Make the small MoE and dense models and their data (5 minutes each at most, cached)
+	@$(PYTHON_VENV) -m modeseek_ray.playground moe
+	@$(PYTHON_VENV) -m modeseek_ray.playground dense
+
+bench: setup-dev  ## A training step beside TRL, and what weighing costs
+	@$(PYTHON_VENV) -m tests.bench.train_step
+	@$(PYTHON_VENV) -m tests.bench.weighing
+
+clean:  ## Remove caches and build outputs (keeps .venv and MODESEEK_HOME)
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find modeseek_ray actors tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean  ## Remove .venv as well (keeps MODESEEK_HOME)
+	@rm -rf .venv

@@ -1,0 +1,1 @@
+"""What the command line shows: pure functions of data that return or print `rich` objects."""

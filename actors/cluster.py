@@ -1,0 +1,150 @@
+"""Ray: where actors are placed and started. The only place that applies `ray.remote`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.pools import TrainerPool
+from actors.trainer import TrainerRank
+from modeseek_ray.data.batching import deal
+from modeseek_ray.errors import ModeseekError, WorkerError
+
+if TYPE_CHECKING:
+    from actors.trainer import TrainerSpec
+    from modeseek_ray.config import Resources
+
+PLACEMENT_DEADLINE_S = 300.0
+
+
+class RayWorker:
+    """A Ray actor behind `call`. Its own errors come back as they were raised."""
+
+    def __init__(self, handle: Any, name: str) -> None:
+        self._handle = handle
+        self._name = name
+
+    async def call(self, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(self._handle, method).remote(*args)
+        except RayTaskError as error:
+            if isinstance(error.cause, ModeseekError):
+                raise error.cause from None
+            raise WorkerError(
+                f"{self._name} failed in {method}: {error.cause!r}",
+                mend="The full traceback is in the job's log; out-of-memory errors go away with smaller"
+                " resources.micro_batch_tokens, a higher zero_stage or gradient_checkpointing.",
+            ) from error
+        except RayActorError as error:
+            raise WorkerError(
+                f"{self._name} died in {method}: {error}",
+                mend="Look for an out-of-memory kill on its node; the job can go on from its last checkpoint.",
+            ) from error
+
+    async def stop(self) -> None:
+        ray.kill(self._handle, no_restart=True)
+
+
+class RayPlacement:
+    """Places a job's workers on the cluster this process is connected to, and frees them again."""
+
+    on_ray = True
+
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        self._groups: list[PlacementGroup] = []
+
+    def put(self, block: Any) -> Any:
+        return ray.put(block)
+
+    async def trainers(self, spec: TrainerSpec, count: int) -> TrainerPool:
+        """All ranks or none: a placement group reserves every bundle before the first actor starts."""
+        group = await self._reserve(count)
+        remote_rank = ray.remote(TrainerRank)
+        address, port = await asyncio.wait_for(
+            ray.remote(free_address).options(num_cpus=0, scheduling_strategy=_bundle(group, 0)).remote(),
+            PLACEMENT_DEADLINE_S,
+        )
+        ranks = [
+            RayWorker(
+                remote_rank.options(  # type: ignore[attr-defined]
+                    num_cpus=self._resources.cpus_per_worker,
+                    num_gpus=self._resources.gpus_per_worker,
+                    scheduling_strategy=_bundle(group, rank),
+                    # A step is not idempotent: a rank that died ends the attempt, never a silent redo.
+                    max_restarts=0,
+                    max_task_retries=0,
+                    runtime_env={"env_vars": worker_environment(self._resources)},
+                ).remote(spec, rank, count, address, port),
+                f"trainer rank {rank}",
+            )
+            for rank in range(count)
+        ]
+        return TrainerPool(ranks, deal)
+
+    async def close(self) -> None:
+        for group in self._groups:
+            remove_placement_group(group)
+        self._groups.clear()
+
+    async def _reserve(self, count: int) -> PlacementGroup:
+        bundle = {"CPU": self._resources.cpus_per_worker}
+        if self._resources.gpus_per_worker:
+            bundle["GPU"] = self._resources.gpus_per_worker
+        group = placement_group([bundle] * count, strategy="PACK")
+        self._groups.append(group)
+        try:
+            await asyncio.wait_for(group.ready(), PLACEMENT_DEADLINE_S)
+        except TimeoutError:
+            raise WorkerError(
+                f"the cluster did not free {count} x {bundle} within {PLACEMENT_DEADLINE_S:.0f} s;"
+                f" it has {ray.cluster_resources()}, free are {ray.available_resources()}.",
+                mend="Ask for fewer resources.trainers, or add nodes.",
+                code="no_resources",
+            ) from None
+        return group
+
+
+def worker_environment(resources: Resources) -> dict[str, str]:
+    """What must be set before a worker imports torch or DeepSpeed."""
+    threads = max(1, int(resources.cpus_per_worker))
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve the other workers
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if not resources.gpus_per_worker:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def free_address() -> tuple[str, int]:
+    """This node's address and a free port on it: where rank 0 will listen. Runs on rank 0's bundle."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
+
+
+def connect(address: str | None = None, num_cpus: int | None = None) -> None:
+    """Join the cluster a Ray job runs in, or a given address; otherwise start one that ends with us."""
+    if ray.is_initialized():
+        return
+    common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
+    if address or os.environ.get("RAY_ADDRESS"):
+        common.pop("include_dashboard")
+        ray.init(address=address or "auto", **common)
+    else:
+        # Logical CPUs: a laptop's two cores hold more small workers than that, only slower.
+        ray.init(num_cpus=num_cpus or max(8, os.cpu_count() or 1), **common)
+
+
+def _bundle(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)

@@ -1,0 +1,113 @@
+"""`modeseek check`, `doctor` and `presets`: look before you train."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.progress import Progress
+from rich.syntax import Syntax
+
+from actors.cli import checks
+from actors.cli import doctor as examination
+from actors.cli.outlook import show_look
+from actors.commands.outlook import Look, look
+from actors.commands.preflight import files_of, local_model, preflight
+from modeseek_ray.config import JobConfig, read_config
+from modeseek_ray.data.check import inspect_job
+from modeseek_ray.jobs.paths import Home
+from modeseek_ray.weights import PRESETS, preset_fields
+
+
+@dataclass(frozen=True)
+class LookOptions:
+    """How to look at the rows before training; without `score` the model is not loaded."""
+
+    score: bool = False
+    presets: tuple[str, ...] = ()  # beside the job's own weighting; none = outlook.SHOWN_BESIDE
+    rows: int = 2000  # at most; 0 = all
+    html: Path | None = None
+
+
+def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = False) -> int:
+    """Print what the data holds and the plan. Raises the first problem, after showing all of the data's."""
+    config = read_config(job_file)
+    files = files_of(config, job_file.parent)
+    model = local_model(config.model, home)
+    behavior = None if config.behavior_model is None else local_model(config.behavior_model, home)
+    console = Console(quiet=as_json)
+    data = inspect_job(config, files, model)
+    console.print(checks.show_data(data.to_dict()))
+    found = preflight(config, data, model, has_behavior=behavior is not None)
+    console.print(checks.show_plan(found.plan))
+    for warning in found.warnings:
+        console.print(f"warning: {warning.param or ''}: {warning.message}", style="yellow", highlight=False)
+    answer = found.to_dict()
+    if options.score:
+        seen = _look(config, files["training_file"], model, home, behavior, options, console)
+        answer["outlook"] = seen.to_dict()
+        if options.html is not None:
+            _write_page(seen, options.html, job_file.stem, files["training_file"])
+            console.print(f"Page    {options.html}", highlight=False, soft_wrap=True)
+    if as_json:
+        json.dump(answer, sys.stdout, allow_nan=False, ensure_ascii=False, indent=1)
+        sys.stdout.write("\n")
+    return 0
+
+
+def _look(
+    config: JobConfig,
+    training_file: Path,
+    model: Path,
+    home: Home,
+    behavior: Path | None,
+    options: LookOptions,
+    console: Console,
+) -> Look:
+    with Progress(console=console, transient=True, disable=console.quiet) as bar:
+        task = bar.add_task("Scoring under the start", total=None)
+        seen = look(
+            config,
+            training_file,
+            model,
+            home.cache,
+            behavior_model=behavior,
+            presets=options.presets,
+            rows=options.rows,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(show_look(seen))
+    return seen
+
+
+def _write_page(seen: Look, out: Path, title: str, training_file: Path) -> None:
+    from modeseek_ray.reports.outlook import write_outlook  # matplotlib: not before it is needed
+
+    lead = (
+        f"{seen.num_rows:,} of {seen.num_rows_file:,} rows, scored under the start and weighed as one batch."
+        f" Median loss {seen.median_initial_nll:.3g} nats per token."
+    )
+    write_outlook(seen.outlooks, out, title=title, lead=lead, impossible=seen.impossible, texts=training_file)
+
+
+def doctor(home: Home, url: str) -> int:
+    """Print the examination. Exit code 1 if something needs mending."""
+    found = examination.collect(home.root, url)
+    Console().print(examination.show(found))
+    return 0 if all(c.ok for c in found) else 1
+
+
+def presets(name: str | None) -> None:
+    """All presets with a line each, or one as the fields it stands for."""
+    console = Console()
+    if name is None:
+        for each, preset in PRESETS.items():
+            console.print(f"[bold]{each:16}[/] {preset.what}", highlight=False)
+        return
+    console.print(
+        Syntax(yaml.safe_dump(preset_fields(name), sort_keys=False), "yaml", background_color="default")
+    )

@@ -1,0 +1,128 @@
+"""`modeseek drive`: one attempt at a job, as the Ray job that the service starts.
+
+Everything this process needs to know comes from the service, through a secret that only its owner
+can read; the command line carries ids and paths alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+from actors.attempt import Attempt, AttemptResult, AttemptSpec
+from actors.cluster import RayPlacement, connect
+from actors.http_sink import HttpSink, LeaseLost
+from actors.journal import ResultJournal
+from actors.trackers import trackers_of
+from modeseek_ray.client import AttemptClient
+from modeseek_ray.errors import ModeseekError
+from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.spec import JobSpec
+
+log = logging.getLogger(__name__)
+
+CANCEL_GRACE_S = 3.0
+
+
+def drive(job_id: str, attempt: int, secret: Path, home: Path) -> int:
+    """Run the attempt. The exit code says whether it ended in a state the service knows of."""
+    credentials = json.loads(secret.read_text(encoding="utf-8"))
+    client = AttemptClient(
+        credentials["url"], job_id, attempt, token=credentials["token"], fence=credentials["fence"]
+    )
+    return asyncio.run(_drive(client, Home(home), job_id, attempt))
+
+
+async def _drive(client: AttemptClient, home: Home, job_id: str, number: int) -> int:
+    sink = HttpSink(client, home.attempt(job_id, number) / "spool.jsonl")
+    sink.start()
+    work = asyncio.create_task(_work(client, sink, home, job_id, number))
+    lost = asyncio.create_task(sink.lost())
+    cancelled = asyncio.create_task(_cancelled(sink))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, work.cancel)
+    try:
+        await asyncio.wait([work, lost, cancelled], return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            work.cancel()
+        await work
+    except asyncio.CancelledError:
+        if not cancelled.done():
+            log.error("ended from outside, or the lease is lost: another attempt may be running")
+            return 1
+        await sink.transition("cancelled")
+    except LeaseLost as error:
+        log.error("%s", error)
+        return 1
+    except ModeseekError as error:
+        await sink.transition("failed", error=_wire_error(error))
+    except Exception as error:
+        log.exception("the attempt failed")
+        await sink.transition("failed", error=_wire_error(_unforeseen(error)))
+    finally:
+        lost.cancel()
+        cancelled.cancel()
+        await sink.close()
+    return 0
+
+
+async def _cancelled(sink: HttpSink) -> None:
+    """Returns when the user wants no more and the loop, which looks once a step, has had its time to end."""
+    while sink.desired() != "cancel":
+        await asyncio.sleep(0.2)
+    await asyncio.sleep(CANCEL_GRACE_S)
+
+
+async def _work(client: AttemptClient, sink: HttpSink, home: Home, job_id: str, number: int) -> None:
+    spec = JobSpec.from_json(await client.spec())
+    connect(os.environ.get("RAY_ADDRESS"))
+    trackers = trackers_of(spec.config, home.results(job_id), job_id)
+    journal = ResultJournal(home.results(job_id), sink, attempt=number, trackers=trackers)
+    attempt = Attempt(
+        AttemptSpec(
+            job_id=job_id,
+            attempt=number,
+            config=spec.config,
+            files=spec.files,
+            model_path=spec.model_path,
+            behavior_model_path=spec.behavior_model_path,
+            directory=home.job(job_id),
+            cache=home.cache,
+            committed=spec.checkpoint,
+        ),
+        RayPlacement(spec.config.resources),
+        journal,
+    )
+    result = await attempt.run()
+    await _conclude(sink, result)
+
+
+async def _conclude(sink: HttpSink, result: AttemptResult) -> None:
+    """Tell the service how it ended; files are complete on disk by now."""
+    ended = result.outcome.ended
+    if ended == "run":
+        await sink.transition(
+            "succeeded",
+            results={
+                "fine_tuned_model_path": str(result.model_path),
+                "result_files": [str(path) for path in result.result_files],
+                "trained_tokens": result.outcome.state.trained_tokens,
+                "hyperparameters": dict(result.picked),
+            },
+        )
+    else:
+        await sink.transition("cancelled" if ended == "cancel" else "paused")
+
+
+def _wire_error(error: ModeseekError) -> dict[str, str | None]:
+    return {"code": error.code, "message": str(error), "param": error.param}
+
+
+def _unforeseen(error: Exception) -> ModeseekError:
+    return ModeseekError(
+        f"the driver failed: {error!r}.",
+        mend="The traceback is in the attempt's log (`modeseek doctor` says where Ray keeps it); please report it.",
+    )

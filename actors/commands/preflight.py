@@ -1,0 +1,83 @@
+"""Everything that can be found wrong before a worker starts, and the plan of what would run.
+
+The same checks behind `modeseek check`, `modeseek run` and the service's validation process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modeseek_ray.config import JobConfig
+from modeseek_ray.data.report import DataReport
+from modeseek_ray.errors import ConfigError, Warn
+from modeseek_ray.jobs.integrations import check_integrations
+from modeseek_ray.jobs.models import ModelInfo, resolve_model
+from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.plan import Plan, plan
+from modeseek_ray.jobs.spec import FILE_ROLES
+from modeseek_ray.weights.checks import Facts, check_weighting
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """A job that may start: what its data holds, what would run where, and what to mind."""
+
+    data: DataReport
+    plan: Plan
+    warnings: tuple[Warn, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "data": self.data.to_dict(),
+            "plan": self.plan.to_dict(),
+            "warnings": [vars(w) for w in self.warnings],
+        }
+
+
+def files_of(config: JobConfig, base: Path) -> dict[str, Path]:
+    """The job's data files by role; relative paths are read from `base`. Raises `ConfigError`."""
+    files = {}
+    for role in FILE_ROLES:
+        name = getattr(config, role)
+        if name is None:
+            continue
+        path = Path(name).expanduser() if Path(name).is_absolute() else base / name
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no file {path}.", param=role, mend="Paths are read from the job file's place."
+            )
+        files[role] = path
+    return files
+
+
+def local_model(name: str, home: Home) -> Path:
+    """A model for `modeseek run` and `check`, which act with the rights of whoever types them."""
+    return resolve_model(name, home=home, roots=[Path("/")])
+
+
+def preflight(config: JobConfig, data: DataReport, model_path: Path, *, has_behavior: bool) -> Preflight:
+    """Check data and weighting against each other. Raises the first problem as its own error."""
+    check_integrations(config)
+    data.raise_if_bad()
+    problems = check_weighting(config.weighting, facts_of(config, data, has_behavior=has_behavior))
+    for problem in problems:
+        if problem.severity == "error":
+            raise problem.error()
+    warnings = [Warn(p.code, f"{p.message} {p.mend}", p.param) for p in problems]
+    return Preflight(data, plan(config, ModelInfo.read(model_path), data), (*data.warnings, *warnings))
+
+
+def facts_of(config: JobConfig, data: DataReport, *, has_behavior: bool) -> Facts:
+    """What the weighting's own checks want to know of the data."""
+    training = data.training
+    batch_size = config.training.batch_size
+    return Facts(
+        batch_size=None if batch_size == "auto" else batch_size,
+        has_rewards=training.has_rewards,
+        has_log_behavior=training.has_logprobs or has_behavior,
+        samples_per_prompt=training.largest_group,
+        smallest_reward=training.smallest_reward if training.has_rewards else None,
+        replay_share=config.training.replay_share,
+    )

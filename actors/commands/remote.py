@@ -1,0 +1,59 @@
+"""Commands that speak to a running service: submit, follow, list, show, cancel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from actors.cli.follow import Follower
+from actors.cli.tables import checkpoint_list, job_details, job_list
+from modeseek_ray.client import Client
+from modeseek_ray.config import read_config
+
+
+def submit(url: str, api_key: str | None, job_file: Path, *, follow: bool) -> None:
+    """Upload, create, print the id; with `follow` stay until the job ends."""
+    config = read_config(job_file)
+    with Client(url, api_key) as client:
+        job = client.submit_files(config, job_file.parent)
+    print(job["id"])
+    if follow:
+        _follow(url, api_key, job["id"])
+
+
+def follow(url: str, api_key: str | None, job_id: str) -> int:
+    """Show a job's events until it ends. Exit code 0 = succeeded, 1 = it ended otherwise, 130 = Ctrl-C."""
+    return _follow(url, api_key, job_id)
+
+
+def list_jobs(url: str, api_key: str | None, limit: int) -> None:
+    with Client(url, api_key) as client:
+        Console().print(job_list(client.jobs(limit)))
+
+
+def show(url: str, api_key: str | None, job_id: str) -> None:
+    console = Console()
+    with Client(url, api_key) as client:
+        console.print(job_details(client.job(job_id)))
+        console.print(checkpoint_list(client.checkpoints(job_id)))
+
+
+def cancel(url: str, api_key: str | None, job_id: str) -> None:
+    with Client(url, api_key) as client:
+        Console().print(job_details(client.cancel(job_id)))
+
+
+def _follow(url: str, api_key: str | None, job_id: str) -> int:
+    console = Console()
+    with Client(url, api_key) as client:
+        try:
+            with Follower(console, title=job_id) as follower:
+                for event in client.stream(job_id):
+                    follower.show(event)
+        except KeyboardInterrupt:
+            console.print(f"The job goes on. Watch it again with: modeseek follow {job_id}")
+            return 130
+        job = client.job(job_id)
+        console.print(job_details(job))
+    return 0 if job["status"] == "succeeded" else 1

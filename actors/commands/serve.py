@@ -1,0 +1,83 @@
+"""`modeseek serve`: the store, Ray's head, the reconciler and the API, in the order they need each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from actors import ray_head
+from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
+from modeseek_ray.jobs.store import Store
+from modeseek_ray.jobs.validation import ProcessValidator
+from modeseek_ray.service import ServiceSettings, create_app
+from modeseek_ray.service.serve import check_exposure, listen, make_server, only_service
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `modeseek serve` was asked for."""
+
+    host: str
+    port: int
+    home: Path
+    ray_address: str | None
+    ray_cpus: int | None
+    max_running_jobs: int
+    roots: tuple[Path, ...]
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until interrupted. A port or a home in use, or missing keys, are said before Ray is started."""
+    home = Home(options.home)
+    console = Console(stderr=True, highlight=False)
+    with only_service(home), listen(options.host, options.port) as listener:
+        store = Store(home.store_url)
+        check_exposure(store, options.host)
+        with _ray(options, home, console) as dashboard:
+            # Imported here: it takes seconds, and the checks above should answer at once.
+            from actors.ray_jobs import RayJobsLauncher
+
+            url = f"http://{options.host}:{options.port}"
+            validator = ProcessValidator(home)
+            reconciler = Reconciler(
+                store,
+                home,
+                RayJobsLauncher(dashboard, home.root),
+                validator,
+                url=url,
+                settings=ReconcilerSettings(max_running_jobs=options.max_running_jobs),
+            )
+            app = create_app(
+                home,
+                store,
+                reconciler=reconciler,
+                validator=validator,
+                settings=ServiceSettings(roots=tuple(root.resolve() for root in options.roots)),
+            )
+            console.print(f"Serving at {url} (documentation: {url}/docs). Ctrl-C ends it.")
+            make_server(app, options.host, options.port).run(sockets=[listener])
+        store.close()
+
+
+@contextmanager
+def _ray(options: ServeOptions, home: Home, console: Console) -> Iterator[str]:
+    """The dashboard's URL. A head that belongs to us is ended with the service; a foreign one is left alone."""
+    if options.ray_address is not None:
+        yield options.ray_address
+        return
+    console.print("Starting Ray …")
+    # Logical CPUs: two cores hold more small workers than that, only slower.
+    num_cpus = options.ray_cpus or max(8, os.cpu_count() or 1)
+    head, adopted = ray_head.start_or_adopt(home.root / "ray", num_cpus=num_cpus)
+    console.print(f"Ray {'was running' if adopted else 'is up'} ({num_cpus} logical CPUs).")
+    try:
+        yield head.dashboard
+    finally:
+        console.print("Stopping Ray …")
+        ray_head.stop(head)

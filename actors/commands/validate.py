@@ -1,0 +1,53 @@
+"""`modeseek validate`: what needs a tokenizer, in a process of its own. Prints one JSON object.
+
+A file that makes the tokenizer slow, or memory run out, costs this process, not the service.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from actors.commands.outlook import look
+from actors.commands.preflight import preflight
+from modeseek_ray.data.check import inspect_job
+from modeseek_ray.errors import ModeseekError
+from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.spec import JobSpec
+
+
+def validate(job_id: str, home: Path, *, score: bool = False) -> int:
+    """Print `{"ok", "error", "report"}`. The exit code is 0 whenever that could be said.
+
+    With `score` the report has an `outlook`: what the job's weighting and some presets would do.
+    """
+    json.dump(_outcome(job_id, Home(home), score), sys.stdout, allow_nan=False)
+    sys.stdout.write("\n")
+    return 0
+
+
+def _outcome(job_id: str, home: Home, score: bool) -> dict[str, Any]:
+    try:
+        spec = JobSpec.read(home.config(job_id))
+        data = inspect_job(spec.config, spec.files, spec.model_path, names=spec.filenames)
+        has_behavior = spec.behavior_model_path is not None
+        checked = preflight(spec.config, data, spec.model_path, has_behavior=has_behavior)
+        report = checked.to_dict()
+        if score:
+            seen = look(
+                spec.config,
+                spec.files["training_file"],
+                spec.model_path,
+                home.cache,
+                behavior_model=spec.behavior_model_path,
+            )
+            report["outlook"] = seen.to_dict()
+        return {"ok": True, "error": None, "report": report}
+    except ModeseekError as error:
+        return {
+            "ok": False,
+            "error": {"code": error.code, "message": str(error), "param": error.param},
+            "report": {},
+        }

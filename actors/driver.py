@@ -1,0 +1,213 @@
+"""The loop of one job, written against `roles.py`: which part is asked for what, and in which order.
+
+Reads top to bottom as the method itself: groups come from a source, are graded and scored where the
+weighting needs it, weighed over the global batch, and trained on. Everything that must survive a
+crash is in `DriverState`, which goes into each checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.roles import Desired, Journal, Scorer, Source, Trainer
+from modeseek_ray.data.auto import ResolvedTraining, learning_rate_at
+from modeseek_ray.errors import NumericsError
+from modeseek_ray.types import EvalReport, Evidence, Group, StepPlan, StepReport, Weights
+from modeseek_ray.weights import Weighting, kl_coefficient, needs, observe, weigh
+
+Grade = Callable[[list[Group]], Awaitable[list[Group]]]
+
+
+class Checkpoints(Protocol):
+    """Where checkpoints are kept: complete or not at all (`checkpoint.py`)."""
+
+    def begin(self, step: int, attempt: int) -> Path: ...
+
+    def finish(self, directory: Path, controller: Mapping[str, Any]) -> Path: ...
+
+    def latest(self) -> Path | None: ...
+
+    def read_controller(self, directory: Path) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What this job does, all numbers resolved."""
+
+    weighting: Weighting
+    training: ResolvedTraining
+    total_steps: int
+    attempt: int = 1
+
+
+@dataclass
+class DriverState:
+    """All that a resumed attempt continues from. JSON-serialisable."""
+
+    step: int = 0  # finished optimizer steps
+    trained_tokens: int = 0
+    cursor: Mapping[str, Any] = field(default_factory=dict)
+    controller: Mapping[str, Any] = field(default_factory=dict)  # gamma, beta, moving averages, noise
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended: `run` means it reached its last step."""
+
+    ended: Desired
+    state: DriverState
+    evaluations: Mapping[str, EvalReport]
+
+
+class Driver:
+    """One attempt at one job. `run` is called once."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        trainer: Trainer,
+        journal: Journal,
+        checkpoints: Checkpoints,
+        *,
+        probes: Mapping[str, Sequence[Group]] | None = None,
+        reference: Scorer | None = None,
+        grade: Grade | None = None,
+    ) -> None:
+        self._plan = plan
+        self._source = source
+        self._trainer = trainer
+        self._journal = journal
+        self._checkpoints = checkpoints
+        self._probes = probes or {}
+        self._reference = reference
+        self._grade = grade
+        self._needs_policy = "policy" in needs(plan.weighting)
+        self._evaluations: Mapping[str, EvalReport] = {}
+        self.state = DriverState()
+
+    async def run(self) -> Outcome:
+        """Train to the last step, or until the user wants something else."""
+        await self._prepare()
+        if self.state.step == 0:
+            await self._evaluate()
+        async for groups in self._source:
+            desired = await self._journal.desired()
+            if desired != "run":
+                return await self._stop(desired)
+            await self._train(groups)
+            if self._due(self._plan.training.evaluate_every):
+                await self._evaluate()
+            if self._due(self._plan.training.checkpoint_every):
+                await self._save()
+            if self.state.step >= self._plan.total_steps:
+                break
+        return Outcome("run", self.state, self._evaluations)
+
+    async def _prepare(self) -> None:
+        """Remember pi_0 while the weights still are pi_0, then load the newest checkpoint over them."""
+        await self._journal.section("setup", deadline_s=1800)
+        if "retention" in self._probes:
+            await self._trainer.remember_start(self._probes["retention"])
+        self.state.cursor = self._source.state()
+        directory = self._checkpoints.latest()
+        if directory is not None:
+            self.state = DriverState(**self._checkpoints.read_controller(directory))
+            await self._trainer.load(directory)
+            self._source.restore(self.state.cursor)
+            await self._journal.message(f"Resumed from {directory.name} at step {self.state.step}.")
+
+    async def _train(self, groups: list[Group]) -> None:
+        """One pass of the method over one global batch."""
+        started = time.monotonic()
+        await self._journal.section("step", deadline_s=1800)
+        if self._grade is not None:
+            groups = await self._grade(groups)
+        if self._reference is not None:
+            groups = await self._reference.score(groups)
+        if self._needs_policy:
+            groups = await self._trainer.score(groups)
+        weights = self._weigh(groups)
+        report = await self._trainer.step(groups, self._step_plan(groups, weights))
+        if not np.isfinite([report.loss, report.grad_norm]).all():
+            raise NumericsError(
+                f"step {report.step}: the loss is {report.loss}, the gradient norm {report.grad_norm}.",
+                mend="Lower the learning rate, or look at the batch's rows in the weights file.",
+            )
+        if weights.loss is not None:  # the step's own figure is then only what its gradient is taken of
+            penalty = self._kl_coefficient() * (report.kl_nats or 0.0)
+            report = replace(report, loss=weights.loss + penalty)
+        self.state.step += 1
+        self.state.trained_tokens += report.num_tokens
+        # The cursor that is saved is the trained frontier, not how far the source has read ahead.
+        self.state.cursor = self._source.state()
+        self.state.controller = observe(weights.state, report, kl=self._plan.weighting.kl)
+        seconds = {**report.seconds, "total": time.monotonic() - started}
+        await self._journal.record(
+            self.state.step, groups, weights, _with_seconds(report, seconds), self._plan.total_steps
+        )
+
+    def _weigh(self, groups: Sequence[Group]) -> Weights:
+        progress = self.state.step / max(self._plan.total_steps, 1)
+        weights = weigh(
+            Evidence.of(groups), self._plan.weighting, progress=progress, state=self.state.controller or None
+        )
+        if self._plan.weighting.kl is None:
+            return weights
+        used = {"kl_coefficient": self._kl_coefficient()}
+        return replace(weights, metrics={**weights.metrics, **used})
+
+    def _step_plan(self, groups: Sequence[Group], weights: Weights) -> StepPlan:
+        """D is the batch's trained tokens, or its samples: never the sum of weights."""
+        training = self._plan.training
+        by_token = training.aggregation == "token"
+        num_tokens = sum(int(g.num_tokens_N.sum()) for g in groups)
+        return StepPlan(
+            step=self.state.step,
+            values_N=weights.values_N,
+            denominator=float(num_tokens if by_token else sum(len(g) for g in groups)),
+            learning_rate=learning_rate_at(self.state.step, self._plan.total_steps, training),
+            kl_coefficient=self._kl_coefficient(),
+        )
+
+    def _kl_coefficient(self) -> float:
+        return kl_coefficient(self._plan.weighting.kl, self.state.controller)
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step >= self._plan.total_steps
+
+    async def _evaluate(self) -> None:
+        if not self._probes:
+            return
+        await self._journal.section("evaluate", deadline_s=1800)
+        self._evaluations = {
+            name: await self._trainer.evaluate(groups, kl=name == "retention")
+            for name, groups in self._probes.items()
+        }
+        await self._journal.evaluated(self.state.step, self._evaluations)
+
+    async def _save(self) -> None:
+        """Shards first, manifest last, rename, and only then the commit in the store."""
+        await self._journal.section("checkpoint", deadline_s=1800)
+        directory = self._checkpoints.begin(self.state.step, self._plan.attempt)
+        await self._trainer.save(directory)
+        finished = await asyncio.to_thread(self._checkpoints.finish, directory, vars(self.state))
+        metrics = {f"{name}.nll": report.nll for name, report in self._evaluations.items()}
+        await self._journal.checkpoint(self.state.step, finished, metrics)
+
+    async def _stop(self, desired: Desired) -> Outcome:
+        """A pause saves first, so that nothing is lost; a cancel just ends."""
+        if desired == "pause":
+            await self._save()
+        return Outcome(desired, self.state, self._evaluations)
+
+
+def _with_seconds(report: StepReport, seconds: Mapping[str, float]) -> StepReport:
+    return StepReport(**{**vars(report), "seconds": seconds})

@@ -1,0 +1,149 @@
+"""Forward passes of one rank over its samples, micro-batch by micro-batch.
+
+    N  this rank's samples      B  samples of one micro-batch      M  trained tokens of a micro-batch
+
+A rank cuts its samples into micro-batches of similar length. Ranks differ in how many they need, but
+ZeRO's collectives run in every forward and backward pass, so all go through as many as the rank with
+most: those with fewer compute a two-token sample of weight zero, a dummy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.engine import ZeroEngine
+from actors.lora import adapters_off
+from modeseek_ray.config import Resources
+from modeseek_ray.data.batching import pack
+from modeseek_ray.objectives.collate import Batch, collate
+from modeseek_ray.objectives.logprobs import TokenScores
+from modeseek_ray.objectives.loss import sum_by_sample
+from modeseek_ray.objectives.model import Reference, ScoringModel
+from modeseek_ray.types import FloatArray, IntArray, Objective, Sample
+
+_DUMMY = Sample(row=-1, token_ids_T=np.zeros(2, dtype=np.int32), trained_T=np.array([False, True]))
+_NO_SAMPLES: IntArray = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One micro-batch and what a forward pass said about it."""
+
+    index_B: IntArray  # positions among this rank's samples; empty for a dummy
+    batch: Batch
+    scores: TokenScores
+    log_reference_M: Tensor | None = None  # under pi_0, where a token factor asks for it
+
+    @property
+    def is_dummy(self) -> bool:
+        return len(self.index_B) == 0
+
+    def by_sample(self, column_M: Tensor) -> FloatArray:
+        """A per-token column summed over each sample's tokens, [B] float64; nothing for a dummy."""
+        total_B = sum_by_sample(column_M, self.batch.sample_M, len(self.batch.num_tokens_B))
+        return total_B.cpu().numpy()[: len(self.index_B)]
+
+
+class ForwardPasses:
+    """Cuts samples into micro-batches and sends them through the model, with or without gradient."""
+
+    def __init__(
+        self,
+        engine: ZeroEngine,
+        module: ScoringModel,
+        objective: Objective,
+        resources: Resources,
+        frozen: ScoringModel | None = None,
+    ) -> None:
+        """`frozen` is pi_0 where the objective needs it beside the policy and there is no adapter to switch off."""
+        self._engine = engine
+        self._module = module
+        self._objective = objective
+        self._resources = resources
+        self._frozen = frozen
+        self._frozen_head = None if frozen is None else frozen.frozen_head()
+
+    def cut(self, samples: Sequence[Sample]) -> list[IntArray]:
+        """Micro-batches of this rank, filled up with empty ones to the most any rank has. Collective."""
+        length_N = np.array([s.length for s in samples], dtype=np.int64)
+        cuts = pack(length_N, self._resources.micro_batch_tokens, self._resources.micro_batch_size)
+        return cuts + [_NO_SAMPLES] * (self._engine.maximum(len(cuts)) - len(cuts))
+
+    def infer(
+        self,
+        samples: Sequence[Sample],
+        cuts: Sequence[IntArray] | None = None,
+        *,
+        keep_hidden: bool = False,
+        reference_of: Callable[[Sequence[Sample]], Reference] | None = None,
+    ) -> Iterator[Forward]:
+        """Without gradient and without dropout. `reference_of` gives what a KL is measured against."""
+        for index_B in self.cut(samples) if cuts is None else cuts:
+            batch = self._collate(samples, index_B)
+            has_reference = reference_of is not None and len(index_B) > 0
+            reference = (
+                reference_of([samples[i] for i in index_B]) if has_reference and reference_of else None
+            )
+            self._module.eval()
+            with torch.no_grad():
+                scores = self._module(*_inputs(batch), keep_hidden=keep_hidden, reference=reference)
+            yield Forward(index_B, batch, scores)
+
+    def train(self, samples: Sequence[Sample], cuts: Sequence[IntArray]) -> Iterator[Forward]:
+        """With gradient, in training mode, one at a time."""
+        statistics = self._objective.token_factor == "eaft"
+        for index_B in cuts:
+            batch = self._collate(samples, index_B)
+            reference, log_reference_M = self._reference(batch)
+            self._module.train()
+            scores = self._engine.forward(*_inputs(batch), statistics=statistics, reference=reference)
+            yield Forward(index_B, batch, scores, log_reference_M)
+
+    @torch.no_grad()
+    def _reference(self, batch: Batch) -> tuple[Reference | None, Tensor | None]:
+        """pi_0 on this micro-batch, where the objective asks for it: hidden states for a KL, log p for a factor."""
+        direction = self._objective.kl_direction
+        if not needs_reference(self._objective):
+            return None, None
+        if self._frozen is not None:
+            scores, head = self._frozen(*_inputs(batch), keep_hidden=True), self._frozen_head
+        else:
+            self._module.eval()
+            with adapters_off(self._module.model):
+                scores, head = self._module(*_inputs(batch), keep_hidden=True), None
+        reference = None if direction is None else Reference(scores.hidden_M, direction, head)
+        return reference, scores.log_prob_M
+
+    def _collate(self, samples: Sequence[Sample], index_B: IntArray) -> Batch:
+        batch = collate(samples, index_B, pad_id=0) if len(index_B) else collate([_DUMMY], [0], pad_id=0)
+        return batch.to(self._engine.device)
+
+
+def needs_reference(objective: Objective) -> bool:
+    """Whether pi_0 has to be there in every training step."""
+    return objective.kl_direction is not None or objective.token_factor == "ratio_token"
+
+
+def log_probs(num_samples: int, forwards: Iterator[Forward] | list[Forward]) -> FloatArray:
+    """log p summed over each sample's trained tokens, [N] float64 nats."""
+    log_prob_N = np.zeros(num_samples)
+    for forward in forwards:
+        log_prob_N[forward.index_B] = forward.by_sample(forward.scores.log_prob_M)
+    return log_prob_N
+
+
+def fingerprint(sample: Sample) -> bytes:
+    """Same tokens, same trained positions: the same sample, wherever it was copied from."""
+    digest = hashlib.sha256(np.ascontiguousarray(sample.token_ids_T, dtype=np.int32).tobytes())
+    digest.update(np.packbits(sample.trained_T).tobytes())
+    return digest.digest()
+
+
+def _inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return batch.input_ids_BS, batch.attention_mask_BS, batch.positions_M, batch.target_M

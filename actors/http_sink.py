@@ -1,0 +1,133 @@
+"""Events, heartbeats and checkpoints to the service, from a process that outlives its absences.
+
+Events are spooled to disk before they are sent and sent again until acknowledged, numbered per
+attempt, so that the service sees each exactly once and in order. The lease is renewed by the
+heartbeat; a driver that cannot renew it stops itself, because another may have been started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from actors.roles import Desired
+from modeseek_ray.client import AttemptClient
+from modeseek_ray.errors import ModeseekError, ServiceError
+
+HEARTBEAT_S = 2.0  # also how soon a cancel is seen
+FLUSH_S = 0.3
+RETRY_S = 1.0
+LEASE_S = 60.0
+BATCH = 500
+
+
+class LeaseLost(ModeseekError):
+    """The service gave this job to another attempt, or could not be reached for a whole lease."""
+
+    code = "lease_lost"
+
+
+class HttpSink:
+    """`journal.Sink` over HTTP. `start` after construction, `close` at the end."""
+
+    def __init__(self, client: AttemptClient, spool: Path) -> None:
+        self._client = client
+        self._spool = spool.open("a", encoding="utf-8")
+        self._pending: deque[dict[str, Any]] = deque()
+        self._next_seq = 1
+        self._status: Mapping[str, Any] = {}
+        self._committed: list[Path] = []  # checkpoints that the service lists
+        self._wanted: Desired = "run"
+        self._renewed = time.monotonic()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._lost = asyncio.Event()
+
+    def start(self) -> None:
+        self._tasks = [asyncio.create_task(self._flush_forever()), asyncio.create_task(self._beat_forever())]
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        numbered = {"seq": self._next_seq, **event}
+        self._next_seq += 1
+        self._spool.write(json.dumps(numbered, allow_nan=False, default=float) + "\n")
+        self._spool.flush()
+        self._pending.append(numbered)
+
+    def beat(self, status: Mapping[str, Any]) -> None:
+        self._status = status
+
+    def desired(self) -> Desired:
+        return self._wanted
+
+    async def lost(self) -> None:
+        """Returns when the lease is gone. Await beside the work, and stop the work when it returns."""
+        await self._lost.wait()
+
+    async def checkpoint(self, step: int, directory: Path, metrics: Mapping[str, float]) -> None:
+        """Commit in the store. Events before it are delivered first, so that history stays in order."""
+        await self._until_answered(self.flush)
+        await self._until_answered(self._client.checkpoint, step, str(directory), dict(metrics))
+        self._committed.append(directory)
+        for older in [path for path in self._committed if not path.exists()]:
+            await self._until_answered(self._client.prune, str(older))
+            self._committed.remove(older)
+
+    async def running(self) -> None:
+        await self.transition("running")
+
+    async def transition(self, to: str, **details: Any) -> None:
+        """A change of state. Delivered, or the lease is lost."""
+        await self._until_answered(self.flush)
+        await self._until_answered(self._client.transition, to, **details)
+
+    async def flush(self) -> None:
+        """Send what is pending; keep it until it is acknowledged."""
+        while self._pending:
+            batch = [self._pending[i] for i in range(min(BATCH, len(self._pending)))]
+            acknowledged = await self._client.events(batch)
+            while self._pending and self._pending[0]["seq"] <= acknowledged:
+                self._pending.popleft()
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._spool.close()
+
+    async def _flush_forever(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            try:
+                await self.flush()
+            except ServiceError as error:
+                self._note(error)
+
+    async def _beat_forever(self) -> None:
+        while True:
+            try:
+                self._wanted = await self._client.heartbeat(dict(self._status))
+                self._renewed = time.monotonic()
+            except ServiceError as error:
+                self._note(error)
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _until_answered(self, call: Any, *args: Any, **details: Any) -> None:
+        """Retry while the service is away; a refusal is final."""
+        while True:
+            try:
+                await call(*args, **details)
+                return
+            except ServiceError as error:
+                self._note(error)
+                if self._lost.is_set() or 400 <= error.http_status < 500:
+                    raise LeaseLost(str(error)) from error
+            await asyncio.sleep(RETRY_S)
+
+    def _note(self, error: ServiceError) -> None:
+        """A stale fence is final; silence is final once the lease has run out."""
+        if error.code == "stale_fence" or time.monotonic() - self._renewed > LEASE_S:
+            self._lost.set()

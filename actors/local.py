@@ -1,0 +1,82 @@
+"""The same worker classes in this process: for a debugger, and for `modeseek run --local`.
+
+Each worker gets one thread of its own, so that its calls run in order and the event loop stays
+free. One trainer rank is all a process can hold (torch.distributed has one process group).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from actors.pools import TrainerPool
+from modeseek_ray.data.batching import deal
+from modeseek_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from actors.trainer import TrainerSpec
+
+
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports nobody listens on at this moment."""
+    with ExitStack() as held:
+        listeners = [held.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [int(listener.getsockname()[1]) for listener in listeners]
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    return free_ports(1)[0]
+
+
+class LocalWorker:
+    """An object in this process behind the same `call` as a Ray actor."""
+
+    def __init__(self, build: Callable[[], Any], name: str) -> None:
+        self._build = build
+        self._object: Any = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+    async def call(self, method: str, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, method, args)
+
+    async def stop(self) -> None:
+        if self._object is not None:
+            await self.call("close")
+        self._thread.shutdown(wait=False)
+
+    def _run(self, method: str, args: tuple[Any, ...]) -> Any:
+        if self._object is None:
+            self._object = self._build()
+        return getattr(self._object, method)(*args)
+
+
+class LocalPlacement:
+    """Workers as objects here. Blocks are handed on as they are."""
+
+    on_ray = False
+
+    def put(self, block: Any) -> Any:
+        return block
+
+    async def trainers(self, spec: TrainerSpec, count: int) -> TrainerPool:
+        """One rank. Raises `ConfigError` for more: they need processes of their own."""
+        from actors.trainer import TrainerRank
+
+        if count != 1:
+            raise ConfigError(
+                f"--local has one trainer, the job asks for {count}.",
+                param="resources.trainers",
+                mend="Set it to 1, or leave out --local to start the ranks on Ray.",
+            )
+        worker = LocalWorker(lambda: TrainerRank(spec, 0, 1, "127.0.0.1", free_port()), "trainer")
+        return TrainerPool([worker], deal)
+
+    async def close(self) -> None:
+        """Nothing outlives the workers, which their pools stop."""

@@ -1,0 +1,301 @@
+"""The `modeseek` command: composition root, the only file that knows everybody.
+
+Each command here parses and hands over; what it does lives in `actors/commands`, how it looks in
+`actors/cli`. Heavy packages are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="modeseek",
+    help="Fine-tuning that decides how much each sample counts. Begin with `modeseek demo`, or with"
+    " `modeseek serve` in one terminal and `modeseek submit job.yaml --follow` in another.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+JobFile = Annotated[
+    Path, typer.Argument(metavar="JOB.yaml", help="A job file, YAML or JSON. `deploy/jobs` has examples.")
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job id, `ftjob-…`; `modeseek list` shows them.")]
+Url = Annotated[str, typer.Option(envvar="MODESEEK_URL", help="Where the service is.")]
+Key = Annotated[
+    str | None, typer.Option(envvar="MODESEEK_API_KEY", help="An API key, where the service has keys.")
+]
+HomeDir = Annotated[
+    Path | None, typer.Option(envvar="MODESEEK_HOME", help="State lives here. Default: `~/.modeseek`.")
+]
+DEFAULT_URL = "http://127.0.0.1:8420"
+
+
+@app.command()
+def serve(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Anything but loopback needs keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8420,
+    home: HomeDir = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Dashboard URL of a Ray cluster to use instead of a new head, `http://host:8265`."),
+    ] = None,
+    ray_cpus: Annotated[
+        int | None, typer.Option(help="Logical CPUs of the new head. Default: 8, or the cores if more.")
+    ] = None,
+    max_running_jobs: Annotated[
+        int, typer.Option(min=1, help="Jobs that train at the same time; others queue.")
+    ] = 1,
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(help="Directory under which models and data may be named by path. Repeatable."),
+    ] = None,
+) -> None:
+    """Start the service and a Ray head on this machine. Ctrl-C ends both; jobs go on at the next start."""
+    from actors.commands.serve import ServeOptions
+    from actors.commands.serve import serve as run_service
+
+    options = ServeOptions(
+        host=host, port=port, home=_home(home).root, ray_address=ray_address, ray_cpus=ray_cpus,
+        max_running_jobs=max_running_jobs, roots=tuple(root or ()),
+    )  # fmt: skip
+    run_service(options)
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay and watch it train.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+) -> None:
+    """Upload a job's files and submit it. Prints the job's id."""
+    from actors.commands import remote
+
+    remote.submit(url, api_key, job, follow=follow)
+
+
+@app.command()
+def follow(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
+    """Watch a job: step, loss, ESS/n, gamma, retention, tokens per second, time left. Ctrl-C leaves it running."""
+    from actors.commands import remote
+
+    raise typer.Exit(remote.follow(url, api_key, job))
+
+
+@app.command("list")
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+) -> None:
+    """List jobs, newest first."""
+    from actors.commands import remote
+
+    remote.list_jobs(url, api_key, limit)
+
+
+@app.command()
+def show(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
+    """Show a job's state, figures, checkpoints and, if it failed, how to mend it."""
+    from actors.commands import remote
+
+    remote.show(url, api_key, job)
+
+
+@app.command()
+def cancel(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
+    """Cancel a job. Its checkpoints stay."""
+    from actors.commands import remote
+
+    remote.cancel(url, api_key, job)
+
+
+@app.command()
+def check(
+    job: JobFile,
+    score: Annotated[
+        bool,
+        typer.Option("--score", help="Also score rows under the start and show what weightings would do."),
+    ] = False,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="A preset to look at beside the job's own weighting. Repeatable.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Most rows to score; 0 = all.")] = 2000,
+    html: Annotated[Path | None, typer.Option(help="Write the outlook as a page with plots.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    home: HomeDir = None,
+) -> None:
+    """Look before you train: problems in the data, the plan of processes and memory, steps. Starts nothing.
+
+    With --score (or --preset, --html, which imply it): ESS, gamma, and who would starve or dominate.
+    """
+    from actors.commands.check import LookOptions
+    from actors.commands.check import check as run_check
+
+    options = LookOptions(
+        score=score or bool(preset) or html is not None, presets=tuple(preset or ()), rows=rows, html=html
+    )
+    raise typer.Exit(run_check(job, _home(home), options, as_json=json))
+
+
+@app.command()
+def run(
+    job: JobFile,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory for results and the model. Default: `runs/<job file's name>`."),
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="Everything in this process, without Ray: for a debugger.")
+    ] = False,
+    home: HomeDir = None,
+) -> None:
+    """Train without the service, on a Ray that ends with the command. Run again to resume."""
+    from actors.commands.train import train
+
+    raise typer.Exit(train(job, out or Path("runs") / job.stem, _home(home), local=local))
+
+
+@app.command()
+def report(
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB…", help="Job ids, or result directories.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file to write. Default: in the (first) job's results.")
+    ] = None,
+    home: HomeDir = None,
+) -> None:
+    """Write the HTML report of a job, or one that compares several. Prints its path."""
+    from actors.commands.report import report as write
+
+    write(jobs, out, _home(home))
+
+
+@app.command()
+def doctor(url: Url = DEFAULT_URL, home: HomeDir = None) -> None:
+    """Check this machine: versions, ports, disk, memory, Ray, GPU. Says how to mend what is wrong."""
+    from actors.commands.check import doctor as run_doctor
+
+    raise typer.Exit(run_doctor(_home(home), url))
+
+
+@app.command()
+def playground(
+    name: Annotated[str, typer.Argument(help="`moe` or `dense`.")] = "moe",
+    seed: Annotated[int, typer.Option(help="Another seed, another base model.")] = 0,
+    home: HomeDir = None,
+) -> None:
+    """Build a small real model and its data on this machine (some minutes, cached)."""
+    from modeseek_ray.playground.build import build
+
+    typer.echo(build(name, _home(home).root, seed=seed))
+
+
+@app.command()
+def presets(name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None) -> None:
+    """List the named weightings, or print what one is made of."""
+    from actors.commands.check import presets as show_presets
+
+    show_presets(name)
+
+
+keys_app = typer.Typer(
+    help="API keys. As long as there is none, anybody on this machine may use the service.",
+    no_args_is_help=True,
+)
+app.add_typer(keys_app, name="keys")
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="Whose it is; for your own list.")],
+    tenant: Annotated[str, typer.Option(help="Files and jobs are seen within a tenant only.")] = "default",
+    home: HomeDir = None,
+) -> None:
+    """Make a key and print it, once. Stop the service first."""
+    from actors.commands import keys
+
+    keys.create(_home(home), name, tenant)
+
+
+@keys_app.command("list")
+def list_keys(home: HomeDir = None) -> None:
+    """List keys. The keys themselves are not stored."""
+    from actors.commands import keys
+
+    keys.list_keys(_home(home))
+
+
+@keys_app.command("revoke")
+def revoke_key(
+    key: Annotated[str, typer.Argument(metavar="ID", help="The id that `modeseek keys list` shows.")],
+    home: HomeDir = None,
+) -> None:
+    """Refuse a key from now on. Stop the service first."""
+    from actors.commands import keys
+
+    keys.revoke(_home(home), key)
+
+
+@app.command()
+def demo(
+    home: HomeDir = None,
+    keep: Annotated[bool, typer.Option(help="Leave the service running afterwards.")] = False,
+) -> None:
+    """From nothing to a comparison: a service, two real jobs over HTTP on the MoE playground model, a report."""
+    from actors.commands.demo import demo as run_demo
+
+    raise typer.Exit(run_demo(_home(home), keep=keep))
+
+
+@app.command(hidden=True)
+def drive(
+    job: Annotated[str, typer.Option()],
+    attempt: Annotated[int, typer.Option()],
+    secret: Annotated[Path, typer.Option()],
+    home: Annotated[Path, typer.Option()],
+) -> None:
+    """One attempt at a job; started by the service as a Ray job."""
+    from actors.commands.drive import drive as run_attempt
+
+    raise typer.Exit(run_attempt(job, attempt, secret, home))
+
+
+@app.command(hidden=True)
+def validate(
+    job: Annotated[str, typer.Option()],
+    home: Annotated[Path, typer.Option()],
+    score: Annotated[bool, typer.Option("--score")] = False,
+) -> None:
+    """Check a job's model and data; started by the service as a process of its own. Prints one JSON object."""
+    from actors.commands.validate import validate as run_validation
+
+    raise typer.Exit(run_validation(job, home, score=score))
+
+
+def main() -> None:
+    """Entry point: errors a user can mend are one sentence, not a traceback."""
+    from modeseek_ray.errors import ModeseekError
+
+    try:
+        app()
+    except ModeseekError as error:
+        typer.secho(f"{error.code}: {error}", fg="red", err=True)
+        sys.exit(1)
+
+
+def _home(directory: Path | None):  # type: ignore[no-untyped-def]
+    from modeseek_ray.jobs.paths import Home
+
+    return Home(directory.expanduser().resolve()) if directory else Home.from_environment()
+
+
+if __name__ == "__main__":
+    main()

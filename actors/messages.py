@@ -1,0 +1,65 @@
+"""What one rank or scorer answers to its pool: sums and per-sample columns, never means.
+
+The pools add them up over ranks and divide once, so every figure is global and exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from modeseek_ray.types import BoolArray, FloatArray, IntArray
+
+# A worker is handed blocks of samples and picks into them: (which block, which sample of it).
+# Blocks travel as arguments of their own, so that Ray hands them over by reference.
+Pick = tuple[int, int]
+Picks = Sequence[Pick]
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """One rank's share of an optimizer step. Everything is a sum, except the global gradient norm."""
+
+    loss: float  # already divided by the global denominator; ranks add up
+    nll_sum: float  # unweighted, nats
+    num_correct: int
+    num_tokens: int
+    num_positions: int
+    num_padded: int
+    grad_norm: float  # global: equal on all ranks
+    kl_sum: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RankEvaluation:
+    """One rank's share of an evaluation: a row per pick, in the order of the picks."""
+
+    nll_N: FloatArray  # summed over trained tokens
+    num_correct_N: IntArray
+    num_tokens_N: IntArray
+    all_correct_N: BoolArray  # every trained token is the argmax: greedy decoding writes this answer
+    problem_N: IntArray
+    tasks: tuple[str, ...]
+    kl_N: FloatArray | None = None  # forward KL(pi_0 || pi) summed over trained positions, nats
+
+    @classmethod
+    def merge(cls, parts: Sequence[RankEvaluation], order_N: IntArray) -> RankEvaluation:
+        """Put the ranks' rows back into the order of the groups; `order_N[j]` is where row j belongs."""
+        back_N = np.argsort(order_N)
+
+        def rows(name: str) -> np.ndarray:
+            return np.concatenate([getattr(p, name) for p in parts])[back_N]
+
+        tasks = [t for p in parts for t in p.tasks]
+        return cls(
+            nll_N=rows("nll_N"),
+            num_correct_N=rows("num_correct_N"),
+            num_tokens_N=rows("num_tokens_N"),
+            all_correct_N=rows("all_correct_N"),
+            problem_N=rows("problem_N"),
+            tasks=tuple(tasks[j] for j in back_N),
+            kl_N=None if any(p.kl_N is None for p in parts) else rows("kl_N"),
+        )

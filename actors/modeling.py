@@ -1,0 +1,74 @@
+"""The model a rank trains: loaded, adapted, wrapped for scoring. Plain PyTorch, no DeepSpeed."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from actors.lora import add_adapters
+from modeseek_ray.config import Training
+from modeseek_ray.errors import ModelError
+from modeseek_ray.objectives.model import ScoringModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_causal_lm(path: str | Path, dtype: str) -> PreTrainedModel:
+    """A causal language model from a directory, on the CPU, safetensors only, none of its code run."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot be loaded as a causal language model: {error}",
+            file=str(path),
+            mend="Give a Hugging Face directory with config.json and safetensors of a supported architecture.",
+        ) from error
+    return model
+
+
+def build_trainable(path: str | Path, dtype: str, training: Training) -> Any:
+    """The model with adapters where the job has them. Adapters are drawn from torch's global generator."""
+    model = load_causal_lm(path, dtype)
+    return model if training.lora is None else add_adapters(model, training.lora)
+
+
+def prepare_for_training(model: Any, *, temperature: float, gradient_checkpointing: bool) -> ScoringModel:
+    """Wrap `model`, changing it in place.
+
+    The routers' auxiliary losses of MoE models are off: the loss is the objective and nothing else.
+    Recomputation is the non-reentrant kind, which works with frozen embeddings and partitioned weights.
+    """
+    config = model.config
+    for name, value in {"output_router_logits": False, "router_aux_loss_coef": 0.0}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return ScoringModel(model, temperature=temperature)
+
+
+def frozen_copy(module: ScoringModel) -> ScoringModel:
+    """A second set of weights that stays as it is now."""
+    frozen = copy.deepcopy(module)
+    frozen.requires_grad_(False)
+    return frozen.eval()
+
+
+def is_stochastic(module: nn.Module) -> bool:
+    """Whether a forward pass in training mode draws random numbers (dropout, router jitter)."""
+    config = getattr(module, "config", None)
+    names = ("attention_dropout", "attn_pdrop", "attn_dropout", "router_jitter_noise")
+    if any(getattr(config, name, None) for name in names):
+        return True
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())

@@ -1,0 +1,294 @@
+"""The policy on one rank: score, step, evaluate, export. Blind to how samples came by their weights.
+
+N  this rank's samples      B  samples of one micro-batch      M  trained tokens of a micro-batch
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors import modeling
+from actors.allocator import return_freed_memory
+from actors.engine import ZeroEngine, deepspeed_config, join
+from actors.export import write_export
+from actors.forward import Forward, ForwardPasses, fingerprint, log_probs, needs_reference
+from actors.lora import adapters_off
+from actors.messages import RankEvaluation, RankReport
+from actors.rng import seed_everything
+from actors.start import Start
+from actors.tally import Seconds, Tally
+from modeseek_ray.errors import ConfigError, NumericsError
+from modeseek_ray.objectives.factors import TokenEvidence, token_factor
+from modeseek_ray.objectives.loss import weighted_loss_sum
+from modeseek_ray.objectives.model import ScoringModel
+from modeseek_ray.types import FloatArray, Sample, StepPlan
+
+if TYPE_CHECKING:
+    from actors.trainer import TrainerSpec
+
+
+@dataclass
+class _Kept:
+    """A scoring pass whose graphs wait for the step on the same samples."""
+
+    fingerprints: list[bytes]
+    forwards: list[Forward]
+
+
+class Policy:
+    """One rank's share of the trained model. Every method is collective over the ranks."""
+
+    def __init__(self, spec: TrainerSpec, rank: int, world_size: int) -> None:
+        self._spec = spec
+        self._rank = rank
+        on_gpu = spec.resources.gpus_per_worker > 0
+        _check(spec, on_gpu)
+        torch.set_num_threads(max(1, int(spec.resources.cpus_per_worker)))
+        if on_gpu:
+            torch.cuda.set_device(0)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        join(rank, world_size, cuda=on_gpu)
+        seed_everything(spec.seed)  # alike on every rank: adapters start from the same random matrices
+        self._module = self._build()
+        self._counts = [
+            sum(p.numel() for p in self._module.parameters() if p.requires_grad or not trainable)
+            for trainable in (False, True)
+        ]
+        self._has_dropout = modeling.is_stochastic(self._module.model)
+        if self._has_dropout and spec.resources.keep_graph == "always":
+            raise ConfigError(
+                "scoring is done without dropout, so its graph cannot serve a step with dropout.",
+                param="resources.keep_graph",
+                mend='Use "auto", or set the model\'s dropout to zero in its config.json.',
+            )
+        # Without an adapter to switch off, pi_0 beside the policy is a second set of weights.
+        frozen = None
+        if needs_reference(spec.objective) and spec.training.lora is None:
+            frozen = modeling.frozen_copy(self._module)
+        self.engine = ZeroEngine(
+            self._module,
+            deepspeed_config(
+                spec.training, spec.resources, cuda=on_gpu, persistence_threshold=spec.persistence_threshold
+            ),
+            world_size,
+        )
+        if frozen is not None:
+            frozen.to(self.engine.device)
+        self._passes = ForwardPasses(self.engine, self._module, spec.objective, spec.resources, frozen)
+        self._start = Start()
+        self._kept: _Kept | None = None
+        self._seconds = Seconds()
+        seed_everything(spec.seed + rank)  # dropout differs between ranks
+
+    def _build(self) -> ScoringModel:
+        spec = self._spec
+        return modeling.prepare_for_training(
+            modeling.build_trainable(spec.model_path, spec.resources.dtype, spec.training),
+            temperature=spec.objective.temperature,
+            gradient_checkpointing=spec.resources.gradient_checkpointing,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What was built, for the job's log."""
+        return {
+            "parameters": self._counts[0],
+            "trainable_parameters": self._counts[1],
+            "zero_stage": self.engine.zero_stage,
+            "dtype": self._spec.resources.dtype,
+            "device": str(self.engine.device),
+            "ranks": torch.distributed.get_world_size(),
+            "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
+        }
+
+    def remember_start(self, samples: Sequence[Sample]) -> None:
+        """Keep what exact KL to the policy as it is now needs on these samples."""
+        self._kept = None
+        with self.engine.whole(*self._module.head.parameters()):
+            head = self._module.frozen_head()
+        self._start.remember(samples, self._passes.infer(samples, keep_hidden=True), head)
+
+    def score(self, samples: Sequence[Sample]) -> FloatArray:
+        """log pi_theta summed over trained tokens, [N] float64; keeps graphs for `step` where that is exact.
+
+        Dropout is off. On ZeRO-3 several forward passes before a backward pass give silently wrong
+        gradients, so there a graph is kept only if the whole step is one micro-batch.
+        """
+        self._kept = None
+        self._seconds = Seconds()
+        with self._seconds.measure("score"):
+            cuts = self._passes.cut(samples)
+            if not self._keeps_graph(len(cuts)):
+                return log_probs(len(samples), self._passes.infer(samples, cuts))
+            forwards = list(self._passes.train(samples, cuts))
+            self._kept = _Kept([fingerprint(s) for s in samples], forwards)
+            return log_probs(len(samples), forwards)
+
+    def score_reference(self, samples: Sequence[Sample]) -> FloatArray:
+        """log pi_0, [N] float64, with the adapter off."""
+        self._kept = None
+        with adapters_off(self._module.model):
+            return log_probs(len(samples), self._passes.infer(samples))
+
+    def step(self, samples: Sequence[Sample], plan: StepPlan) -> RankReport:
+        """One optimizer step: the same operations in the same order whether or not graphs were kept."""
+        if len(plan.values_N) != len(samples):
+            raise ValueError(f"{len(plan.values_N)} weights for {len(samples)} samples")
+        seconds, self._seconds = self._seconds, Seconds()
+        count, forwards = self._forwards_of_step(samples)
+        num_tokens = self.engine.total(sum(s.num_tokens for s in samples))
+        tally = Tally()
+        for position in range(count):
+            with seconds.measure("forward"):
+                forward = next(forwards)
+                loss = self._loss(forward, plan, num_tokens)
+                tally.add(forward, loss)
+            with seconds.measure("backward"):
+                self.engine.backward(loss, last=position == count - 1)
+            del forward, loss  # the graph, before the next one is built
+        self._refuse_nonfinite(tally.nonfinite, samples, plan.step, "log-probability")
+        with seconds.measure("optimizer"):
+            return_freed_memory()
+            grad_norm = self.engine.step(plan.learning_rate)
+        if not math.isfinite(grad_norm):
+            self._refuse_nonfinite(range(len(samples)), samples, plan.step, "gradient")
+        return tally.report(grad_norm, seconds)
+
+    def evaluate(self, samples: Sequence[Sample], *, kl: bool) -> RankEvaluation:
+        """Sums per sample, without dropout. `kl`: exact forward KL(pi_0 || pi) of remembered samples."""
+        self._kept = None
+        nll_N, num_correct_N, kl_N = (np.zeros(len(samples)) for _ in range(3))
+
+        def start(chosen: Sequence[Sample]) -> Any:
+            return self._start.reference(chosen, self.engine.device)
+
+        for forward in self._passes.infer(samples, reference_of=start if kl else None):
+            scores = forward.scores
+            nll_N[forward.index_B] = -forward.by_sample(scores.log_prob_M)
+            num_correct_N[forward.index_B] = forward.by_sample(scores.correct_M)
+            if scores.kl_M is not None:
+                kl_N[forward.index_B] = forward.by_sample(scores.kl_M)
+        num_tokens_N = np.array([s.num_tokens for s in samples], dtype=np.int64)
+        correct_N = num_correct_N.astype(np.int64)
+        return RankEvaluation(
+            nll_N=nll_N,
+            num_correct_N=correct_N,
+            num_tokens_N=num_tokens_N,
+            all_correct_N=(correct_N == num_tokens_N) & (num_tokens_N > 0),
+            problem_N=np.array([s.problem for s in samples], dtype=np.int64),
+            tasks=tuple(s.task for s in samples),
+            kl_N=kl_N if kl else None,
+        )
+
+    def save(self, directory: Path) -> None:
+        self.engine.save(directory)
+
+    def load(self, directory: Path) -> None:
+        self._kept = None
+        self.engine.load(directory)
+
+    def export(self, directory: Path) -> None:
+        """Gather the trained weights into a copy of the model on rank 0 and write that."""
+        copy, own = None, {}
+        if self._rank == 0:
+            spec = self._spec
+            with torch.random.fork_rng():
+                copy = modeling.build_trainable(spec.model_path, spec.resources.dtype, spec.training)
+            own = dict(copy.named_parameters())
+        for name, tensor in self.engine.parameters(self._module.model, trainable_only=True):
+            if copy is not None:
+                own[name].data.copy_(tensor)
+        if copy is not None:
+            write_export(copy, Path(self._spec.model_path), directory)
+        self.engine.barrier()
+
+    def weights_sha256(self) -> str:
+        return self.engine.sha256(self._module.model)
+
+    def _forwards_of_step(self, samples: Sequence[Sample]) -> tuple[int, Iterator[Forward]]:
+        """How many micro-batches, and their forward passes: the kept ones if they are of these samples."""
+        kept, self._kept = self._kept, None
+        if kept is not None and kept.fingerprints == [fingerprint(s) for s in samples]:
+            return len(kept.forwards), _drain(kept.forwards)
+        del kept  # other samples' graphs, before new ones are built
+        cuts = self._passes.cut(samples)
+        return len(cuts), self._passes.train(samples, cuts)
+
+    def _loss(self, forward: Forward, plan: StepPlan, num_tokens: int) -> Tensor:
+        """This micro-batch's share of the global loss. `num_tokens` is the global batch's."""
+        objective, batch, scores = self._spec.objective, forward.batch, forward.scores
+        evidence = TokenEvidence(
+            scores.log_prob_M.detach(),
+            top_entropy_M=scores.top_entropy_M,
+            log_reference_M=forward.log_reference_M,
+        )
+        values = np.zeros(1) if forward.is_dummy else plan.values_N[forward.index_B].astype(np.float64)
+        loss = weighted_loss_sum(
+            scores.log_prob_M,
+            batch.sample_M,
+            torch.from_numpy(values).to(self.engine.device),
+            token_factor(objective.token_factor, evidence, objective.token_parameters),
+            batch.num_tokens_B,
+            objective.aggregation,
+            plan.denominator,
+        )
+        if scores.kl_M is not None:
+            coefficient = 0.0 if forward.is_dummy else plan.kl_coefficient
+            loss = loss + coefficient * scores.kl_M.double().sum() / num_tokens
+        return loss
+
+    def _keeps_graph(self, num_micro_batches: int) -> bool:
+        """`num_micro_batches` is the same on all ranks, so all decide alike."""
+        choice = self._spec.resources.keep_graph
+        exact = self.engine.zero_stage <= 2 or num_micro_batches == 1
+        if choice == "always" and not exact:
+            raise ConfigError(
+                f"ZeRO-3 cannot keep the graphs of {num_micro_batches} micro-batches:"
+                " several forward passes before a backward pass give wrong gradients there.",
+                param="resources.keep_graph",
+                mend='Use "auto", a lower zero_stage, or a larger micro_batch_tokens.',
+            )
+        return choice != "never" and exact and not self._has_dropout
+
+    def _refuse_nonfinite(
+        self, positions: Sequence[int], samples: Sequence[Sample], step: int, what: str
+    ) -> None:
+        """Raise `NumericsError` on every rank, naming rows of all of them, if any rank found something."""
+        if self.engine.maximum(len(positions)) == 0:
+            return
+        rows = sorted(r for part in self.engine.collect([samples[i].row for i in positions]) for r in part)
+        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        raise NumericsError(
+            f"step {step}: the {what} of row(s) {', '.join(map(str, rows[:8]))}{more} is not finite;"
+            " no weight was changed.",
+            mend="Lower the learning rate, or look at these rows; the last checkpoint is intact.",
+        )
+
+
+def _check(spec: TrainerSpec, on_gpu: bool) -> None:
+    if on_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            "the job asks for GPUs, and torch finds none in this process.",
+            param="resources.gpus_per_worker",
+            mend="Set it to 0, or install the CUDA requirements.",
+        )
+    if spec.objective.token_factor == "psft":
+        raise ConfigError(
+            "psft compares with the policy at the start of an inner loop; with one step per batch it is SFT.",
+            param="method.weighted.token.scheme",
+            mend="Choose another token factor, or none.",
+        )
+
+
+def _drain(forwards: list[Forward]) -> Iterator[Forward]:
+    """One after the other, letting go of each, so that a graph is freed once it was used."""
+    while forwards:
+        yield forwards.pop(0)

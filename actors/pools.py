@@ -1,0 +1,192 @@
+"""Split a global batch over workers, call all of them, merge what they answer in order.
+
+A pool does not know whether its workers are Ray actors or objects in this process: both answer
+`call(method, *args)`. Nothing here looks at tokens; blocks are handed on as they are, one argument
+each, so that Ray resolves references on the worker's side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.messages import Pick, RankEvaluation, RankReport
+from modeseek_ray.types import EvalReport, FloatArray, Group, IntArray, StepPlan, StepReport
+
+Deal = Callable[[IntArray, int], Sequence[IntArray]]
+
+
+class Worker(Protocol):
+    """One worker process (or object). Calls are executed in the order they are made."""
+
+    async def call(self, method: str, *args: Any) -> Any: ...
+
+    async def stop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One worker's part of a batch: where its samples stand in the batch, and picks into the blocks."""
+
+    order_N: IntArray
+    picks: list[Pick]
+
+
+def split(groups: Sequence[Group], num_workers: int, deal: Deal) -> tuple[list[Shard], list[Any]]:
+    """Deal the samples of a batch over workers by length. Returns the shards and the blocks they pick from."""
+    positions: dict[int, int] = {}
+    blocks: list[Any] = []
+    picks: list[Pick] = []
+    for group in groups:
+        block = group.payload.block
+        if id(block) not in positions:
+            positions[id(block)] = len(blocks)
+            blocks.append(block)
+        picks.extend((positions[id(block)], int(j)) for j in group.payload.index_N)
+    length_N = np.concatenate([g.length_N for g in groups]) if groups else np.zeros(0, dtype=np.int64)
+    shares = deal(length_N, num_workers)
+    return [Shard(order_N, [picks[j] for j in order_N]) for order_N in shares], blocks
+
+
+def regroup(groups: Sequence[Group], values_N: FloatArray, column: str) -> list[Group]:
+    """Put a column of the whole batch back into its groups."""
+    ends = np.cumsum([len(g) for g in groups])[:-1]
+    return [
+        g.with_columns(**{column: part}) for g, part in zip(groups, np.split(values_N, ends), strict=True)
+    ]
+
+
+class TrainerPool:
+    """`roles.Trainer` over data-parallel ranks. Every rank gets every call, in the same order."""
+
+    def __init__(self, ranks: Sequence[Worker], deal: Deal) -> None:
+        self._ranks = ranks
+        self._deal = deal
+
+    async def setup(self) -> Mapping[str, Any]:
+        """Load the model on every rank. Returns rank 0's facts (parameters, versions, device)."""
+        facts: Mapping[str, Any] = (await self._all("setup"))[0]
+        return facts
+
+    async def remember_start(self, retention: Sequence[Group]) -> None:
+        shards, blocks = self._split(retention)
+        await self._each("remember_start", [(s.picks, *blocks) for s in shards])
+
+    async def score(self, groups: Sequence[Group]) -> list[Group]:
+        shards, blocks = self._split(groups)
+        answers = await self._each("score", [(s.picks, *blocks) for s in shards])
+        log_policy_N = np.empty(sum(len(g) for g in groups))
+        for shard, log_prob_n in zip(shards, answers, strict=True):
+            log_policy_N[shard.order_N] = log_prob_n
+        return regroup(groups, log_policy_N, "log_policy_N")
+
+    async def step(self, groups: Sequence[Group], plan: StepPlan) -> StepReport:
+        shards, blocks = self._split(groups)
+        reports: list[RankReport] = await self._each(
+            "step",
+            [(s.picks, replace(plan, values_N=plan.values_N[s.order_N]), *blocks) for s in shards],
+        )
+        return _sum_reports(plan, reports)
+
+    async def evaluate(self, groups: Sequence[Group], *, kl: bool = False) -> EvalReport:
+        shards, blocks = self._split(groups)
+        parts = await self._each("evaluate", [(s.picks, kl, *blocks) for s in shards])
+        return summarise(RankEvaluation.merge(parts, np.concatenate([s.order_N for s in shards])))
+
+    async def save(self, directory: Path) -> None:
+        await self._all("save", str(directory))
+
+    async def load(self, directory: Path) -> None:
+        await self._all("load", str(directory))
+
+    async def export(self, directory: Path) -> None:
+        await self._all("export", str(directory))
+
+    async def weights_sha256(self) -> str:
+        """The hash of the trained weights, gathered: equal hashes mean equal bits."""
+        return str((await self._all("weights_sha256"))[0])
+
+    async def close(self) -> None:
+        await asyncio.gather(*(rank.stop() for rank in self._ranks), return_exceptions=True)
+
+    def _split(self, groups: Sequence[Group]) -> tuple[list[Shard], list[Any]]:
+        return split(groups, len(self._ranks), self._deal)
+
+    async def _all(self, method: str, *args: Any) -> list[Any]:
+        return await self._each(method, [args] * len(self._ranks))
+
+    async def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call every rank. The first failure wins: the others may be waiting for it in a collective."""
+        calls = [
+            asyncio.ensure_future(rank.call(method, *args))
+            for rank, args in zip(self._ranks, arguments, strict=True)
+        ]
+        try:
+            return list(await asyncio.gather(*calls))
+        except BaseException:
+            for call in calls:
+                call.cancel()
+            raise
+
+
+def _sum_reports(plan: StepPlan, reports: Sequence[RankReport]) -> StepReport:
+    """Global figures from the ranks' sums; the slowest rank's seconds."""
+    num_tokens = sum(r.num_tokens for r in reports)
+    kl_sums = [r.kl_sum for r in reports if r.kl_sum is not None]
+    parts = sorted({name for r in reports for name in r.seconds})
+    return StepReport(
+        step=plan.step,
+        loss=sum(r.loss for r in reports),
+        nll=sum(r.nll_sum for r in reports) / max(num_tokens, 1),
+        accuracy=sum(r.num_correct for r in reports) / max(num_tokens, 1),
+        grad_norm=reports[0].grad_norm,
+        learning_rate=plan.learning_rate,
+        num_tokens=num_tokens,
+        num_padded=sum(r.num_padded for r in reports),
+        num_positions=sum(r.num_positions for r in reports),
+        kl_nats=sum(kl_sums) / max(num_tokens, 1) if kl_sums else None,
+        seconds={name: max(r.seconds.get(name, 0.0) for r in reports) for name in parts},
+    )
+
+
+def summarise(rows: RankEvaluation, *, by_task: bool = True) -> EvalReport:
+    """Means over tokens and problems, and the same for each task.
+
+    A problem with several accepted answers has one row each. Its loss is that of the first, and it
+    counts as right when greedy decoding writes any of them. Rows of problem -1 (text to be
+    predicted, not a question) have a loss but no right or wrong.
+    """
+    # An ungraded row counts for itself; its negated position is an id nobody else has.
+    problem_N = np.where(rows.problem_N >= 0, rows.problem_N, -1 - np.arange(len(rows.problem_N)))
+    ids_P, first_P, problem_index_N = np.unique(problem_N, return_index=True, return_inverse=True)
+    right_P = np.zeros(len(first_P), dtype=bool)
+    np.logical_or.at(right_P, problem_index_N, rows.all_correct_N)
+    graded_P = ids_P >= 0
+    num_tokens = int(rows.num_tokens_N[first_P].sum())
+    names = sorted({t for t in rows.tasks if t}) if by_task else []
+    return EvalReport(
+        nll=float(rows.nll_N[first_P].sum()) / max(num_tokens, 1),
+        token_accuracy=int(rows.num_correct_N[first_P].sum()) / max(num_tokens, 1),
+        num_tokens=num_tokens,
+        accuracy=float(right_P[graded_P].mean()) if graded_P.any() else None,
+        kl_nats=None if rows.kl_N is None else float(rows.kl_N[first_P].sum()) / max(num_tokens, 1),
+        by_task={name: summarise(_rows_of(rows, name), by_task=False) for name in names},
+    )
+
+
+def _rows_of(rows: RankEvaluation, task: str) -> RankEvaluation:
+    keep_N = np.array([t == task for t in rows.tasks])
+    return RankEvaluation(
+        nll_N=rows.nll_N[keep_N],
+        num_correct_N=rows.num_correct_N[keep_N],
+        num_tokens_N=rows.num_tokens_N[keep_N],
+        all_correct_N=rows.all_correct_N[keep_N],
+        problem_N=rows.problem_N[keep_N],
+        tasks=tuple(t for t in rows.tasks if t == task),
+        kl_N=None if rows.kl_N is None else rows.kl_N[keep_N],
+    )

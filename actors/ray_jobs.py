@@ -1,0 +1,106 @@
+"""`jobs.launcher.Launcher` over the Ray Jobs API: one Ray job per attempt.
+
+Ray's word on a job's state is a hint, never the truth: a killed dashboard agent leaves it RUNNING
+for ever. The truth is the lease in our own store. All calls have a time limit of their own, because
+the API can hang while the head is down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from modeseek_ray.errors import WorkerError
+from modeseek_ray.jobs.launcher import LaunchStatus
+
+CALL_DEADLINE_S = 20.0
+Answer = TypeVar("Answer")
+
+_STATUS: dict[JobStatus, LaunchStatus] = {
+    JobStatus.PENDING: "pending",
+    JobStatus.RUNNING: "running",
+    JobStatus.SUCCEEDED: "succeeded",
+    JobStatus.FAILED: "failed",
+    JobStatus.STOPPED: "stopped",
+}
+
+
+class RayJobsLauncher:
+    """Starts `modeseek drive` on the cluster. The entry point carries ids and paths of ours only."""
+
+    def __init__(self, dashboard: str, home: Path) -> None:
+        self._dashboard = dashboard
+        self._home = home
+        self._client: JobSubmissionClient | None = None
+
+    async def launch(self, job_id: str, attempt: int, secret_path: Path) -> str:
+        submission_id = f"{job_id}-a{attempt}"
+        entrypoint = shlex.join(
+            [
+                *(sys.executable, "-m", "actors.main", "drive"),
+                *("--job", job_id, "--attempt", str(attempt)),
+                *("--secret", str(secret_path), "--home", str(self._home)),
+            ]
+        )
+        # A duplicate id is answered by an internal error; then the driver is there already: adopt it.
+        if await self.status(submission_id) != "unknown":
+            return submission_id
+        try:
+            await self._call(
+                lambda client: client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=submission_id,
+                    # The driver only waits; its workers hold the CPUs. Grace before SIGKILL, in seconds.
+                    entrypoint_num_cpus=0,
+                    runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "5", "PYTHONUNBUFFERED": "1"}},
+                )
+            )
+        except RuntimeError as error:
+            if "status code 5" not in str(error):
+                raise
+            # A head that has just started answers before the agent that starts drivers does.
+            raise _unreachable(self._dashboard, error) from error
+        return submission_id
+
+    async def stop(self, submission_id: str) -> None:
+        if await self.status(submission_id) in ("pending", "running"):
+            await self._call(lambda client: client.stop_job(submission_id))
+
+    async def status(self, submission_id: str) -> LaunchStatus:
+        try:
+            return _STATUS[await self._call(lambda client: client.get_job_status(submission_id))]
+        except RuntimeError as error:
+            if "does not exist" in str(error):
+                return "unknown"
+            raise
+        except WorkerError:
+            return "unknown"
+
+    async def logs(self, submission_id: str) -> str:
+        return await self._call(lambda client: client.get_job_logs(submission_id))
+
+    async def _call(self, ask: Callable[[JobSubmissionClient], Answer]) -> Answer:
+        def connected() -> Answer:
+            if self._client is None:
+                self._client = JobSubmissionClient(self._dashboard)
+            return ask(self._client)
+
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(connected), CALL_DEADLINE_S)
+        except (TimeoutError, ConnectionError) as error:
+            raise _unreachable(self._dashboard, error) from error
+
+
+def _unreachable(dashboard: str, error: Exception) -> WorkerError:
+    """The cluster is away: the reconciler tries the same attempt again, and nothing is counted as lost."""
+    return WorkerError(
+        f"Ray's job API at {dashboard} did not answer: {error!r}.",
+        mend="Is Ray's head alive? `modeseek doctor` tells; restart `modeseek serve`.",
+        code="ray_unreachable",
+    )

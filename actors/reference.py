@@ -1,0 +1,104 @@
+"""A frozen model that says how likely samples are: pi_0, or the checkpoint that stands for the data.
+
+A plain class. Online groups are scored through `score`, by a pool of these; an offline data set
+through `scoring.py`, by Ray Data over the same class.
+
+    N  samples asked for      B  samples of one micro-batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.messages import Picks
+from modeseek_ray.data.batching import pack
+from modeseek_ray.errors import ConfigError, NumericsError
+from modeseek_ray.types import FloatArray, Sample
+
+
+@dataclass(frozen=True)
+class ScoringSpec:
+    """The frozen model and how it computes. Everything here changes bits of the scores."""
+
+    model_path: str  # a Hugging Face directory
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    temperature: float = 1.0
+    micro_batch_tokens: int = 8192  # most positions computed at once, padding included
+    cpus_per_worker: float = 1.0  # also torch's threads, rounded down, at least one
+    gpus_per_worker: float = 0.0
+
+    @property
+    def num_threads(self) -> int:
+        return max(1, int(self.cpus_per_worker))
+
+
+class ReferenceModel:
+    """Loads the model when constructed; the weights never change."""
+
+    def __init__(self, spec: ScoringSpec) -> None:
+        """Raises `ModelError` if the model cannot be loaded, `NumericsError` if it bends its logits."""
+        import torch
+
+        from actors.modeling import load_causal_lm
+        from modeseek_ray.objectives.model import ScoringModel
+
+        if spec.gpus_per_worker and not torch.cuda.is_available():
+            raise ConfigError(
+                "the job asks for GPUs, and torch finds none in this process.",
+                param="resources.gpus_per_worker",
+                mend="Set it to 0, or install the CUDA requirements.",
+            )
+        torch.set_num_threads(spec.num_threads)
+        self._spec = spec
+        self._device = torch.device("cuda" if spec.gpus_per_worker else "cpu")
+        model = load_causal_lm(spec.model_path, spec.dtype)
+        self._model = ScoringModel(model, temperature=spec.temperature).requires_grad_(False).eval()
+        self._model.to(self._device)
+
+    def score(self, picks: Picks, *blocks: Sequence[Sample]) -> FloatArray:
+        """Log-probability of each picked sample, summed over its trained tokens, [N] nats."""
+        return np.array([tokens_T.sum() for tokens_T in self.score_tokens(picks, *blocks)], dtype=np.float64)
+
+    def score_tokens(self, picks: Picks, *blocks: Sequence[Sample]) -> list[NDArray[np.float64]]:
+        """The same per trained token, left to right. Micro-batches are of similar length."""
+        samples = [blocks[position][index] for position, index in picks]
+        length_N = np.array([s.length for s in samples], dtype=np.int64)
+        log_probs: list[NDArray[np.float64]] = [np.zeros(0)] * len(samples)
+        for index_B in pack(length_N, self._spec.micro_batch_tokens):
+            for i, tokens_T in zip(
+                index_B, self.score_micro_batch([samples[i] for i in index_B]), strict=True
+            ):
+                log_probs[i] = tokens_T
+        return log_probs
+
+    def score_micro_batch(self, samples: Sequence[Sample]) -> list[NDArray[np.float64]]:
+        """One forward pass over exactly these samples, in this order: the same call gives the same bits.
+
+        Raises `NumericsError` naming the rows whose log-probabilities are not finite.
+        """
+        import torch
+
+        from modeseek_ray.objectives.collate import collate
+
+        batch = collate(samples, range(len(samples)), pad_id=0).to(self._device)
+        with torch.inference_mode():
+            scores = self._model(
+                batch.input_ids_BS, batch.attention_mask_BS, batch.positions_M, batch.target_M
+            )
+        log_prob_M = scores.log_prob_M.double().cpu().numpy()
+        if not np.isfinite(log_prob_M).all():
+            bad_B = np.unique(batch.sample_M.cpu().numpy()[~np.isfinite(log_prob_M)])
+            raise NumericsError(
+                f"log-probabilities of row(s) {[samples[b].row for b in bad_B]} are not finite.",
+                mend="Check that the model's weights are finite, or score in float32.",
+            )
+        ends = np.cumsum(batch.num_tokens_B.cpu().numpy())[:-1]
+        return np.split(log_prob_M, ends)
+
+    def close(self) -> None:
+        """Nothing outlives the object; pools call this on every worker."""

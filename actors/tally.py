@@ -1,0 +1,66 @@
+"""What a rank adds up during a step: sums, never means."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from actors.forward import Forward
+from actors.messages import RankReport
+
+
+@dataclass
+class Seconds:
+    """Wall-clock seconds by part of a step."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - started
+
+
+class Tally:
+    """Adds up a rank's report over its micro-batches; dummies count for nothing."""
+
+    def __init__(self) -> None:
+        self._loss = self._nll_sum = self._kl_sum = 0.0
+        self._num_correct = self._num_tokens = self._num_positions = self._num_padded = 0
+        self._has_kl = False
+        self.nonfinite: list[int] = []  # positions of samples whose log-probability is not finite
+
+    def add(self, forward: Forward, loss: Tensor) -> None:
+        scores = forward.scores
+        self._has_kl = scores.kl_M is not None
+        if forward.is_dummy:
+            return
+        log_prob_B = forward.by_sample(scores.log_prob_M)
+        self.nonfinite += forward.index_B[~np.isfinite(log_prob_B)].tolist()
+        self._loss += float(loss.detach())
+        self._nll_sum -= float(log_prob_B.sum())
+        self._num_correct += int(scores.correct_M.sum())
+        self._num_tokens += len(scores.log_prob_M)
+        self._num_positions += forward.batch.num_positions
+        self._num_padded += forward.batch.num_padded
+        if scores.kl_M is not None:
+            self._kl_sum += float(scores.kl_M.detach().double().sum())
+
+    def report(self, grad_norm: float, seconds: Seconds) -> RankReport:
+        return RankReport(
+            loss=self._loss,
+            nll_sum=self._nll_sum,
+            num_correct=self._num_correct,
+            num_tokens=self._num_tokens,
+            num_positions=self._num_positions,
+            num_padded=self._num_padded,
+            grad_norm=grad_norm,
+            kl_sum=self._kl_sum if self._has_kl else None,
+            seconds=seconds.parts,
+        )

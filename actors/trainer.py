@@ -1,0 +1,143 @@
+"""One data-parallel rank of the trainer: the class that a pool starts, here or as a Ray actor.
+
+This file loads neither torch nor DeepSpeed: the driver imports it to start ranks elsewhere, and
+DeepSpeed must be imported only after the rank's environment is set. The work is in `policy.py`.
+
+Every method but the constructor is collective: all ranks are called with the same method in the
+same order, each with its own samples (perhaps none).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actors.messages import Picks, RankEvaluation, RankReport
+from modeseek_ray.config import Resources, Training
+from modeseek_ray.errors import ConfigError
+from modeseek_ray.types import FloatArray, Objective, Sample, StepPlan
+
+if TYPE_CHECKING:
+    from actors.policy import Policy
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """Everything a rank needs to know, the same for all ranks."""
+
+    model_path: str  # a Hugging Face directory
+    objective: Objective
+    training: Training
+    resources: Resources
+    seed: int
+    persistence_threshold: int | None = None  # ZeRO-3: smaller parameters stay whole; None = DeepSpeed's 1e5
+
+
+class TrainerRank:
+    """One rank. `setup` first; then any order of the others, the same on all ranks."""
+
+    def __init__(
+        self, spec: TrainerSpec, rank: int, world_size: int, master_address: str, master_port: int
+    ) -> None:
+        self._spec = spec
+        self._rank = rank
+        self._world_size = world_size
+        self._master = (master_address, master_port)
+        self._policy: Policy | None = None
+
+    def setup(self) -> dict[str, Any]:
+        """Join the other ranks and load the model. Returns what was built: parameters, device, versions.
+
+        Raises `ConfigError` for options that exclude each other, `ModelError` for a model that
+        cannot be loaded or scored.
+        """
+        self._prepare_environment()
+        from actors.engine import leave
+        from actors.policy import Policy
+
+        try:
+            self._policy = Policy(self._spec, self._rank, self._world_size)
+        except BaseException:
+            leave()
+            raise
+        return self._policy.describe()
+
+    def remember_start(self, picks: Picks, *blocks: Sequence[Sample]) -> None:
+        """Keep what exact KL to the policy as it is now needs on these samples. Before any step or load."""
+        self._ready().remember_start(_samples(picks, blocks))
+
+    def score(self, picks: Picks, *blocks: Sequence[Sample]) -> FloatArray:
+        """log pi_theta summed over each sample's trained tokens, [n] nats. May keep the graph for `step`."""
+        return self._ready().score(_samples(picks, blocks))
+
+    def score_reference(self, picks: Picks, *blocks: Sequence[Sample]) -> FloatArray:
+        """log pi_0, [n] nats, from the same weights with the adapter off. Raises `ConfigError` without LoRA."""
+        return self._ready().score_reference(_samples(picks, blocks))
+
+    def step(self, picks: Picks, plan: StepPlan, *blocks: Sequence[Sample]) -> RankReport:
+        """One optimizer step over the global batch. `plan.values_N` is this rank's slice of it.
+
+        Raises `NumericsError` on every rank, before any weight changes, when the loss or a gradient
+        is not finite; the rank has to be set up anew after that.
+        """
+        return self._ready().step(_samples(picks, blocks), plan)
+
+    def evaluate(self, picks: Picks, kl: bool, *blocks: Sequence[Sample]) -> RankEvaluation:
+        """Loss and greedy accuracy of these samples; with `kl` their KL to the remembered start."""
+        return self._ready().evaluate(_samples(picks, blocks), kl=kl)
+
+    def save(self, directory: str) -> None:
+        """Write this rank's shard of the training state. Await before the next `step`."""
+        self._ready().save(Path(directory))
+
+    def load(self, directory: str) -> None:
+        """Continue bit for bit from `save`. Only the same number of ranks, ZeRO stage and dtype can."""
+        self._ready().load(Path(directory))
+
+    def export(self, directory: str) -> None:
+        """Write a Hugging Face directory (rank 0): safetensors, configuration, tokenizer, chat template."""
+        self._ready().export(Path(directory))
+
+    def weights_sha256(self) -> str:
+        """Hash of all parameters, gathered: the same hash means the same bits."""
+        return self._ready().weights_sha256()
+
+    def close(self) -> None:
+        """Free the model and leave the group of ranks."""
+        if self._policy is not None:
+            self._policy.engine.close()
+            self._policy = None
+
+    def _ready(self) -> Policy:
+        if self._policy is None:
+            raise RuntimeError("setup() has not been called on this rank")
+        return self._policy
+
+    def _prepare_environment(self) -> None:
+        """DeepSpeed and torch read these once, on import or when the process group is made."""
+        resources = self._spec.resources
+        on_gpu = resources.gpus_per_worker > 0
+        if not on_gpu and os.environ.get("DS_ACCELERATOR", "cpu") != "cpu" and "deepspeed" in sys.modules:
+            raise ConfigError(
+                f"this process has loaded DeepSpeed for {os.environ['DS_ACCELERATOR']}, the job runs on the CPU.",
+                param="resources.gpus_per_worker",
+                mend="Start the trainer in a process of its own.",
+            )
+        if not on_gpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.update(
+            MASTER_ADDR=self._master[0],
+            MASTER_PORT=str(self._master[1]),
+            RANK=str(self._rank),
+            WORLD_SIZE=str(self._world_size),
+            LOCAL_RANK="0",
+        )
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(resources.cpus_per_worker))))
+
+
+def _samples(picks: Picks, blocks: Sequence[Sequence[Sample]]) -> list[Sample]:
+    return [blocks[position][index] for position, index in picks]

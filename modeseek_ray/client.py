@@ -1,0 +1,418 @@
+"""The HTTP client: `Client` for people and the command line, `AttemptClient` for a job's driver.
+
+Both raise `ServiceError` with the code, the sentence and the mend the service sent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from modeseek_ray.config import JobConfig
+from modeseek_ray.errors import ServiceError
+
+DEFAULT_URL = "http://127.0.0.1:8420"
+FILE_ROLES = ("training_file", "validation_file", "retention_file", "replay_file")
+TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
+Json = dict[str, Any]
+
+_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+_STREAM_SILENCE_S = 45.0  # the service sends a sign of life every 15 s
+_RECONNECT_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class Client:
+    """Talks to a service. A context manager; `MODESEEK_URL` and `MODESEEK_API_KEY` are the defaults."""
+
+    def __init__(self, base_url: str | None = None, api_key: str | None = None) -> None:
+        self.base_url = (base_url or os.environ.get("MODESEEK_URL") or DEFAULT_URL).rstrip("/")
+        key = api_key or os.environ.get("MODESEEK_API_KEY")
+        self._http = httpx.Client(
+            base_url=self.base_url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=_TIMEOUT,
+            trust_env=False,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # Files.
+
+    def upload(self, path: Path, purpose: str = "fine-tune") -> Json:
+        """Send a file. Returns the file object; `id` is what jobs refer to."""
+        with path.open("rb") as file:
+            return self._json(
+                "POST", "/v1/files", files={"file": (path.name, file)}, data={"purpose": purpose}
+            )
+
+    def register(self, path: Path, purpose: str = "fine-tune") -> Json:
+        """Name a file that the service can already see, under one of its allowed roots."""
+        return self._json("POST", "/v1/files", json={"path": str(path), "purpose": purpose})
+
+    def files(self) -> list[Json]:
+        return list(self._pages("/v1/files"))
+
+    def delete_file(self, file_id: str) -> Json:
+        return self._json("DELETE", f"/v1/files/{file_id}")
+
+    def content(self, file_id: str) -> bytes:
+        return self._request("GET", f"/v1/files/{file_id}/content").content
+
+    def download(self, file_id: str, target: Path) -> Path:
+        """Save a file's contents, streaming."""
+        return self._save(f"/v1/files/{file_id}/content", target)
+
+    def download_results(self, job_id: str, directory: Path) -> list[Path]:
+        """Save all result files of a job under their own names."""
+        directory.mkdir(parents=True, exist_ok=True)
+        saved = []
+        for file_id in self.job(job_id)["result_files"]:
+            name = self._json("GET", f"/v1/files/{file_id}")["filename"]
+            saved.append(self.download(file_id, directory / Path(name).name))
+        return saved
+
+    # Jobs.
+
+    def submit(
+        self,
+        config: JobConfig | Mapping[str, Any],
+        *,
+        idempotency_key: str | None = None,
+        patience_s: float = 10.0,
+    ) -> Json:
+        """Create a job whose files are ids. Repeated after a lost answer; the key keeps it one job."""
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        deadline = time.monotonic() + patience_s
+        failures = 0
+        while True:
+            try:
+                return self._json("POST", "/v1/fine_tuning/jobs", json=_body(config), headers=headers)
+            except ServiceError as error:
+                if error.code not in ("unreachable", "unavailable") or time.monotonic() > deadline:
+                    raise
+            _pause(failures)
+            failures += 1
+
+    def submit_files(self, config: JobConfig, base: Path = Path()) -> Json:
+        """Upload the job's files, which are paths relative to `base`, and create the job."""
+        return self.submit(self.uploaded(config, base))
+
+    def uploaded(self, config: JobConfig, base: Path = Path()) -> JobConfig:
+        """The same job with its files uploaded and named by id. A path named twice is sent once."""
+        sent: dict[Path, str] = {}
+        names: dict[str, str] = {}
+        for role in FILE_ROLES:
+            name = getattr(config, role)
+            if name is None or name.startswith("file-"):
+                continue
+            path = (base / name).resolve()
+            if not path.is_file():
+                raise ServiceError(
+                    f"there is no file {path}.", param=role, mend="Mend the path.", http_status=400
+                )
+            if path not in sent:
+                sent[path] = self.upload(path)["id"]
+            names[role] = sent[path]
+        return config.model_copy(update=names)
+
+    def validate(self, config: JobConfig | Mapping[str, Any]) -> Json:
+        """Everything a submission checks, nothing started: `valid`, `error`, `report`."""
+        return self._json("POST", "/v1/fine_tuning/jobs/validate", json=_body(config), timeout=900.0)
+
+    def look(self, config: JobConfig | Mapping[str, Any]) -> Json:
+        """Start a validation that also scores rows under the start; ask `validation` for its result.
+
+        What is wrong already is said at once, as `validate` says it.
+        """
+        return self._json("POST", "/v1/fine_tuning/jobs/validate?score=true", json=_body(config))
+
+    def validation(self, validation_id: str) -> Json:
+        """A validation with scores: `status`, and `result` once that is `finished`."""
+        return self._json("GET", f"/v1/fine_tuning/validations/{validation_id}")
+
+    def job(self, job_id: str) -> Json:
+        return self._json("GET", f"/v1/fine_tuning/jobs/{job_id}")
+
+    def jobs(self, limit: int = 20, metadata: Mapping[str, str] | None = None) -> list[Json]:
+        """The newest jobs."""
+        query: dict[str, Any] = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
+        found: list[Json] = []
+        for job in self._pages("/v1/fine_tuning/jobs", {**query, "limit": min(limit, 100)}):
+            found.append(job)
+            if len(found) == limit:
+                break
+        return found
+
+    def cancel(self, job_id: str) -> Json:
+        return self._json("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel")
+
+    def checkpoints(self, job_id: str) -> list[Json]:
+        return list(self._pages(f"/v1/fine_tuning/jobs/{job_id}/checkpoints"))
+
+    def events(self, job_id: str) -> list[Json]:
+        """All events so far, oldest first."""
+        return list(self._pages(f"/v1/fine_tuning/jobs/{job_id}/events", {"limit": 100}))[::-1]
+
+    def stream(self, job_id: str, after: str | None = None, *, patience_s: float = 120.0) -> Iterator[Json]:
+        """Events as they happen until the job has ended, from the one after `after` on (default: the first).
+
+        A broken connection is taken up where it broke, without a gap or a repetition. Raises
+        `ServiceError` when the service stays away for `patience_s`.
+        """
+        away_since: float | None = None
+        failures = 0
+        while True:
+            try:
+                for event in self._stream_once(job_id, after):
+                    away_since, failures = None, 0
+                    if event is None:
+                        return
+                    if event:
+                        after = event["id"]
+                        yield event
+            except (httpx.TransportError, ServiceError) as error:
+                if isinstance(error, ServiceError) and error.http_status < 500:
+                    raise
+                away_since = away_since or time.monotonic()
+                if time.monotonic() - away_since > patience_s:
+                    raise _unreachable(self.base_url, error) from error
+            _pause(failures)
+            failures += 1
+
+    def wait(self, job_id: str, *, timeout_s: float = math.inf, poll_s: float = 1.0) -> Json:
+        """Poll until the job has ended. Raises `TimeoutError`."""
+        deadline = time.monotonic() + timeout_s
+        while (job := self.job(job_id))["status"] not in TERMINAL:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{job_id} is still {job['status']} after {timeout_s:.0f} s")
+            time.sleep(poll_s)
+        return job
+
+    def weights(self, job_id: str, *, after: int = 0, limit: int = 100) -> Json:
+        """A page of the per-sample ledger as JSON rows."""
+        query = {"format": "json", "after": after, "limit": limit}
+        return self._json("GET", f"/v1/fine_tuning/jobs/{job_id}/weights", params=query)
+
+    def ledger(self, job_id: str, *, after: int = 0, limit: int = 100) -> Json:
+        """What each row got in all, with texts, and which rows to collect more of or to sample less."""
+        query = {"format": "json", "view": "ledger", "after": after, "limit": limit}
+        return self._json("GET", f"/v1/fine_tuning/jobs/{job_id}/weights", params=query)
+
+    def download_weights(self, job_id: str, target: Path) -> Path:
+        """The whole per-sample ledger as Parquet."""
+        return self._save(f"/v1/fine_tuning/jobs/{job_id}/weights", target)
+
+    def report(self, job_id: str) -> str:
+        """The job's HTML report."""
+        return self._request("GET", f"/v1/fine_tuning/jobs/{job_id}/report").text
+
+    # Models and the service itself.
+
+    def models(self) -> list[Json]:
+        return list(self._pages("/v1/models"))
+
+    def model(self, name: str) -> Json:
+        return self._json("GET", f"/v1/models/{quote(name, safe='')}")
+
+    def delete_model(self, name: str) -> Json:
+        return self._json("DELETE", f"/v1/models/{quote(name, safe='')}")
+
+    def is_ready(self) -> bool:
+        """Whether the service answers and can do its work."""
+        with suppress(ServiceError):
+            return self._request("GET", "/readyz", timeout=2.0).status_code == 200
+        return False
+
+    # How.
+
+    def _stream_once(self, job_id: str, after: str | None) -> Iterator[Json | None]:
+        """One connection's events; empty ones are signs of life, None says that there will be no more."""
+        headers = {"Accept": "text/event-stream", **({"Last-Event-ID": after} if after else {})}
+        path = f"/v1/fine_tuning/jobs/{job_id}/events"
+        timeout = httpx.Timeout(_STREAM_SILENCE_S, connect=5.0)
+        with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
+            if response.is_error:
+                response.read()
+                raise_for(response)
+            for line in response.iter_lines():
+                if line == "data: [DONE]":
+                    yield None
+                elif line.startswith("data:"):
+                    yield json.loads(line.removeprefix("data:"))
+                elif line.startswith((":", "retry:")):
+                    yield {}
+
+    def _pages(self, path: str, query: Mapping[str, Any] | None = None) -> Iterator[Json]:
+        parameters = dict(query or {})
+        while True:
+            page = self._json("GET", path, params=parameters)
+            yield from page["data"]
+            if not page.get("has_more") or not page["data"]:
+                return
+            parameters["after"] = page["data"][-1]["id"]
+
+    def _json(self, method: str, path: str, **request: Any) -> Json:
+        answer: Json = self._request(method, path, **request).json()
+        return answer
+
+    def _request(self, method: str, path: str, **request: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **request)
+        except httpx.TransportError as error:
+            raise _unreachable(self.base_url, error) from error
+        raise_for(response)
+        return response
+
+    def _save(self, path: str, target: Path) -> Path:
+        draft = target.with_name(f".{target.name}.part")
+        try:
+            with self._http.stream("GET", path) as response, draft.open("wb") as file:
+                if response.is_error:
+                    response.read()
+                    raise_for(response)
+                for chunk in response.iter_bytes():
+                    file.write(chunk)
+            draft.replace(target)
+        except httpx.TransportError as error:
+            raise _unreachable(self.base_url, error) from error
+        finally:
+            draft.unlink(missing_ok=True)
+        return target
+
+
+class AttemptClient:
+    """What one driver says to the service. Each call raises `ServiceError`; `stale_fence` means stop.
+
+    Nothing is retried here: the driver's journal spools and decides.
+    """
+
+    def __init__(self, base_url: str, job_id: str, attempt: int, *, token: str, fence: int) -> None:
+        self._base_url = base_url.rstrip("/")
+        self._attempt_url = f"{self._base_url}/internal/jobs/{job_id}/attempts/{attempt}"
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {token}", "X-Modeseek-Fence": str(fence)},
+            timeout=httpx.Timeout(20.0, connect=5.0),
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def spec(self) -> Json:
+        """The job as a `JobSpec` in JSON."""
+        return await self._call("GET", "")
+
+    async def heartbeat(self, progress: Mapping[str, Any]) -> Any:
+        """Renew the lease; returns what is desired: "run", "cancel" or "pause"."""
+        return (await self._call("POST", "/heartbeat", progress))["desired"]
+
+    async def events(self, events: Sequence[Mapping[str, Any]]) -> int:
+        """Deliver numbered events; returns the newest number that is stored."""
+        return int((await self._call("POST", "/events", {"events": list(events)}))["acknowledged"])
+
+    async def checkpoint(self, step: int, path: str, metrics: Mapping[str, Any]) -> Json:
+        """Commit a checkpoint that is complete on disk."""
+        return await self._call(
+            "POST", "/checkpoints", {"step": step, "path": path, "metrics": dict(metrics)}
+        )
+
+    async def prune(self, path: str) -> Json:
+        """Say that a checkpoint is about to be deleted, before deleting it."""
+        return await self._call("POST", "/checkpoints/prune", {"path": path})
+
+    async def transition(
+        self, to: str, *, error: Mapping[str, Any] | None = None, results: Mapping[str, Any] | None = None
+    ) -> Json:
+        """Move the job on. May be repeated when the answer was lost."""
+        return await self._call("POST", "/transition", {"to": to, "error": error, "results": results})
+
+    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Json:
+        content = None if body is None else json.dumps(finite(body), allow_nan=False, ensure_ascii=True)
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        try:
+            response = await self._http.request(
+                method, f"{self._attempt_url}{path}", content=content, headers=headers
+            )
+        except httpx.TransportError as error:
+            raise _unreachable(self._base_url, error) from error
+        raise_for(response)
+        answer: Json = response.json()
+        return answer
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null.
+
+    >>> finite({"loss": float("nan"), "step": 3})
+    {'loss': None, 'step': 3}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        return finite(value.item())  # a numpy scalar
+    return value
+
+
+def raise_for(response: httpx.Response) -> None:
+    """Raise the service's error as `ServiceError`; nothing for a good answer."""
+    if not response.is_error:
+        return
+    body: Any = {}
+    with suppress(ValueError):
+        body = response.json()
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        error = {"message": f"the service answered {response.status_code}."}
+    mend = str(error.get("mend") or "")
+    message = str(error.get("message") or f"the service answered {response.status_code}.")
+    raise ServiceError(
+        message.removesuffix(mend).rstrip(),  # OpenAI's body has one sentence; the mend is its end
+        http_status=response.status_code,
+        code=error.get("code") or "service_error",
+        param=error.get("param"),
+        mend=mend,
+    )
+
+
+def _pause(failures: int) -> None:
+    """Wait a little longer after each failure in a row."""
+    time.sleep(_RECONNECT_S[min(failures, len(_RECONNECT_S) - 1)])
+
+
+def _body(config: JobConfig | Mapping[str, Any]) -> Json:
+    if isinstance(config, JobConfig):
+        return config.model_dump(mode="json", exclude_unset=True)
+    return dict(config)
+
+
+def _unreachable(url: str, error: Exception) -> ServiceError:
+    return ServiceError(
+        f"no answer from {url} ({error or type(error).__name__}).",
+        mend="Start it with `modeseek serve`, or set MODESEEK_URL.",
+        code="unreachable",
+        http_status=503,
+    )

@@ -1,0 +1,115 @@
+"""Attempts in the store: begun, launched, lost or ended by the reconciler."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from modeseek_ray.jobs.database import Database
+from modeseek_ray.jobs.errors import StaleFenceError
+from modeseek_ray.jobs.history import find_job, move_job
+from modeseek_ray.jobs.records import (
+    AttemptRecord,
+    EventDraft,
+    JobRecord,
+)
+from modeseek_ray.jobs.tables import attempts
+
+
+class AttemptStore:
+    """What the reconciler does with attempts. Each method is one transaction."""
+
+    def __init__(self, database: Database, *, lease_s: float = 60.0, start_lease_s: float = 900.0) -> None:
+        self._database = database
+        self.lease_s = lease_s
+        self.start_lease_s = start_lease_s  # until the first heartbeat: Ray may have to start first
+
+    def begin(self, job: JobRecord, token: str) -> JobRecord:
+        """queued -> starting, with a fence no earlier driver has. Write the secret file first."""
+        now = self._database.clock()
+        attempt, fence = job.attempt + 1, job.fence + 1
+        with self._database.write() as connection:
+            event = EventDraft(
+                f"Attempt {attempt} is starting.", data={"state": "starting", "attempt": attempt}
+            )
+            changes = {"attempt": attempt, "fence": fence, "section": None, "section_until": None}
+            job = move_job(connection, job, "starting", event, now, **changes)
+            connection.execute(
+                insert(attempts).values(
+                    job_id=job.id,
+                    number=attempt,
+                    fence=fence,
+                    token_sha256=digest(token),
+                    created_at=now,
+                    lease_until=now + self.start_lease_s,
+                    start_step=job.committed_step,
+                    last_sequence=0,
+                )
+            )
+        self._database.announce(job.id)
+        return job
+
+    def get(self, job_id: str, number: int) -> AttemptRecord | None:
+        query = select(attempts).where(attempts.c.job_id == job_id, attempts.c.number == number)
+        with self._database.read() as connection:
+            row = connection.execute(query).one_or_none()
+        return None if row is None else AttemptRecord.of(row)
+
+    def launched(self, job_id: str, number: int, submission_id: str) -> None:
+        with self._database.write() as connection:
+            update_attempt(connection, job_id, number, submission_id=submission_id)
+
+    def lose(self, job: JobRecord, reason: str) -> JobRecord:
+        """The attempt is over without an end of the job. Its fence is void from here on."""
+        now = self._database.clock()
+        with self._database.write() as connection:
+            start_step = connection.execute(
+                select(attempts.c.start_step).where(
+                    attempts.c.job_id == job.id, attempts.c.number == job.attempt
+                )
+            ).scalar_one()
+            committed_step = find_job(connection, job.id).committed_step  # does not raise the version
+            fruitful = committed_step is not None and committed_step > (start_step or 0)
+            event = EventDraft(
+                f"Attempt {job.attempt} was lost: {reason}",
+                level="warn",
+                data={"state": "recovering", "attempt": job.attempt},
+            )
+            changes = {
+                "fence": job.fence + 1,
+                "fruitless_attempts": 0 if fruitful else job.fruitless_attempts + 1,
+            }
+            number = job.attempt
+            job = move_job(connection, job, "recovering", event, now, **changes)
+            update_attempt(connection, job.id, number, ended_at=now, outcome=reason)
+        self._database.announce(job.id)
+        return job
+
+    def end(self, job: JobRecord, state: str, event: EventDraft, **changes: Any) -> JobRecord:
+        """Put the job in a terminal state over its driver's head; a driver that still lives is refused."""
+        now = self._database.clock()
+        with self._database.write() as connection:
+            moved = move_job(connection, job, state, event, now, fence=job.fence + 1, **changes)
+            update_attempt(connection, job.id, job.attempt, ended_at=now, outcome=state)
+        self._database.announce(job.id)
+        return moved
+
+
+def digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def find_attempt(connection: Connection, job_id: str, number: int) -> AttemptRecord:
+    query = select(attempts).where(attempts.c.job_id == job_id, attempts.c.number == number)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise StaleFenceError(f"job {job_id} has no attempt {number}.", mend="This driver must stop.")
+    return AttemptRecord.of(row)
+
+
+def update_attempt(connection: Connection, job_id: str, number: int, **values: Any) -> None:
+    connection.execute(
+        update(attempts).where(attempts.c.job_id == job_id, attempts.c.number == number).values(**values)
+    )

@@ -1,0 +1,243 @@
+"""What a driver may write: each call checks that it speaks for the attempt its job has now."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+
+from modeseek_ray.jobs.attempt_store import digest, find_attempt, update_attempt
+from modeseek_ray.jobs.database import Database
+from modeseek_ray.jobs.errors import IllegalTransitionError, StaleFenceError, TokenError
+from modeseek_ray.jobs.history import append_events, find_job, move_job
+from modeseek_ray.jobs.records import CheckpointRecord, EventDraft, JobRecord, Results, new_id
+from modeseek_ray.jobs.states import DRIVER_STATES
+from modeseek_ray.jobs.tables import checkpoints, files, jobs, models
+
+
+@dataclass(frozen=True)
+class Bearer:
+    """Who a driver says it is: checked in the same transaction as every write it asks for."""
+
+    job_id: str
+    attempt: int
+    fence: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a heartbeat carries. `deadline_s` counts from the first heartbeat of (section, step)."""
+
+    step: int = 0
+    total_steps: int | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    section: str | None = None
+    deadline_s: float | None = None
+    hyperparameters: Mapping[str, Any] | None = None
+
+
+class DriverStore:
+    """Each method is one transaction and raises `StaleFenceError` when another attempt has the job."""
+
+    def __init__(self, database: Database, *, lease_s: float = 60.0) -> None:
+        self._database = database
+        self.lease_s = lease_s
+
+    def authorize(self, bearer: Bearer) -> JobRecord:
+        """The job this driver may speak for."""
+        with self._database.read() as connection:
+            return _check(connection, bearer)
+
+    def heartbeat(self, bearer: Bearer, progress: Progress) -> tuple[str, float]:
+        """Renew the lease and note progress. Returns what is desired and until when the lease holds."""
+        now = self._database.clock()
+        lease_until = now + self.lease_s
+        values: dict[str, Any] = {
+            "step": progress.step,
+            "total_steps": progress.total_steps,
+            "tokens_per_s": progress.tokens_per_s,
+            "eta_s": progress.eta_s,
+            "section": progress.section,
+        }
+        if progress.hyperparameters is not None:
+            values["hyperparameters"] = dict(progress.hyperparameters)
+        with self._database.write() as connection:
+            job = _check(connection, bearer)
+            if progress.deadline_s is None:
+                values["section_until"] = None
+            elif job.section_until is None or (job.section, job.step) != (progress.section, progress.step):
+                values["section_until"] = now + progress.deadline_s
+            connection.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
+            update_attempt(connection, job.id, bearer.attempt, heartbeat_at=now, lease_until=lease_until)
+        return job.desired, lease_until
+
+    def append_events(self, bearer: Bearer, drafts: Sequence[EventDraft]) -> tuple[int, str]:
+        """Store the driver's events, numbered 1, 2, 3 ... by itself; those known already are passed over.
+
+        Returns the newest number stored and what is desired. A gap in the numbers ends the batch:
+        the driver sends again from the acknowledged number on.
+        """
+        now = self._database.clock()
+        with self._database.write() as connection:
+            job = _check(connection, bearer)
+            attempt = find_attempt(connection, bearer.job_id, bearer.attempt)
+            newest = attempt.last_sequence
+            fresh: list[EventDraft] = []
+            for draft in sorted(drafts, key=lambda d: d.attempt_sequence or 0):
+                if draft.attempt_sequence == newest + 1:
+                    fresh.append(draft)
+                    newest += 1
+            if fresh:
+                append_events(connection, job.id, fresh, now)
+                update_attempt(connection, job.id, bearer.attempt, last_sequence=newest)
+        if fresh:
+            self._database.announce(job.id)
+        return newest, job.desired
+
+    def commit_checkpoint(
+        self, bearer: Bearer, step: int, path: Path, metrics: Mapping[str, Any], model: str
+    ) -> CheckpointRecord:
+        """Make a checkpoint that is complete on disk the one to resume from. Sent twice, it stays one."""
+        now = self._database.clock()
+        with self._database.write() as connection:
+            job = _check(connection, bearer)
+            known = select(checkpoints).where(
+                checkpoints.c.job_id == job.id,
+                checkpoints.c.attempt == bearer.attempt,
+                checkpoints.c.step == step,
+            )
+            row = connection.execute(known).one_or_none()
+            if row is None:
+                connection.execute(
+                    insert(checkpoints).values(
+                        id=new_id("ftckpt"),
+                        job_id=job.id,
+                        attempt=bearer.attempt,
+                        step=step,
+                        path=str(path),
+                        model=model,
+                        metrics=dict(metrics),
+                        created_at=now,
+                    )
+                )
+                committed = max(step, job.committed_step or 0)
+                connection.execute(update(jobs).where(jobs.c.id == job.id).values(committed_step=committed))
+                row = connection.execute(known).one()
+        self._database.announce(job.id)
+        return CheckpointRecord.of(row)
+
+    def prune_checkpoint(self, bearer: Bearer, path: Path) -> None:
+        """The driver is about to delete this checkpoint's files: nobody may resume from them any more."""
+        with self._database.write() as connection:
+            _check(connection, bearer)
+            connection.execute(
+                update(checkpoints)
+                .where(checkpoints.c.job_id == bearer.job_id, checkpoints.c.path == str(path))
+                .values(deleted_at=self._database.clock())
+            )
+
+    def transition(
+        self,
+        bearer: Bearer,
+        state: str,
+        *,
+        error: Mapping[str, Any] | None = None,
+        results: Results | None = None,
+        model_name: str | None = None,
+    ) -> JobRecord:
+        """Where the driver says its job is now. Repeating the last word is allowed: answers get lost."""
+        if state not in DRIVER_STATES:
+            raise IllegalTransitionError(
+                f"a driver cannot put a job in state {state!r}.",
+                mend=f"It may say {', '.join(sorted(DRIVER_STATES))}.",
+            )
+        now = self._database.clock()
+        with self._database.write() as connection:
+            job = _check(connection, bearer, repeating=state)
+            if job.state == state or (job.state == "cancelling" and state in ("running", "checkpointing")):
+                return job  # a driver that has not yet heard of the cancellation may go on to its next step
+            changes: dict[str, Any] = {} if error is None else {"error": dict(error)}
+            if results is not None:
+                changes |= self._store_results(connection, job, results, model_name, now)
+            event = EventDraft(
+                _SENTENCES[state]
+                if error is None
+                else f"{_SENTENCES[state]} {error.get('message', '')}".rstrip(),
+                level="error" if state == "failed" else "info",
+                data={"state": state, "attempt": bearer.attempt},
+                attempt=bearer.attempt,
+            )
+            job = move_job(connection, job, state, event, now, **changes)
+            if job.terminal or state == "paused":
+                update_attempt(connection, job.id, bearer.attempt, ended_at=now, outcome=state)
+        self._database.announce(job.id)
+        return job
+
+    def _store_results(
+        self, connection: Connection, job: JobRecord, results: Results, model_name: str | None, now: float
+    ) -> dict[str, Any]:
+        changes: dict[str, Any] = {"result_files": []}
+        if results.hyperparameters is not None:
+            changes["hyperparameters"] = dict(results.hyperparameters)
+        if results.trained_tokens is not None:
+            changes["trained_tokens"] = results.trained_tokens
+        for path in results.result_files:
+            file_id = new_id("file")
+            connection.execute(
+                insert(files).values(
+                    id=file_id,
+                    tenant_id=job.tenant_id,
+                    filename=path.name,
+                    purpose="fine-tune-results",
+                    bytes=path.stat().st_size,
+                    path=str(path),
+                    owned=True,
+                    job_id=job.id,
+                    created_at=now,
+                )
+            )
+            changes["result_files"].append(file_id)
+        if results.fine_tuned_model_path is not None and model_name is not None:
+            connection.execute(
+                insert(models).values(
+                    name=model_name,
+                    tenant_id=job.tenant_id,
+                    job_id=job.id,
+                    path=str(results.fine_tuned_model_path),
+                    created_at=now,
+                )
+            )
+            changes["fine_tuned_model"] = model_name
+        return changes
+
+
+_SENTENCES = {
+    "running": "The job is running.",
+    "checkpointing": "A checkpoint is being written.",
+    "paused": "The job is paused.",
+    "succeeded": "The job has successfully completed.",
+    "failed": "The job failed.",
+    "cancelled": "The job was cancelled.",
+}
+
+
+def _check(connection: Connection, bearer: Bearer, repeating: str | None = None) -> JobRecord:
+    """The job, if this driver is the one it has. `repeating` lets a driver repeat its own last word."""
+    attempt = find_attempt(connection, bearer.job_id, bearer.attempt)
+    if not hmac.compare_digest(attempt.token_sha256, digest(bearer.token)):
+        raise TokenError("the attempt's token is wrong.", mend="This driver must stop.")
+    job = find_job(connection, bearer.job_id)
+    own_last_word = repeating is not None and job.state == repeating and attempt.outcome == repeating
+    live = not job.terminal and attempt.ended_at is None
+    if bearer.fence != job.fence or bearer.attempt != job.attempt or not (live or own_last_word):
+        raise StaleFenceError(
+            f"attempt {bearer.attempt} of {job.id} is over: the job is {job.state}, attempt {job.attempt}.",
+            mend="This driver must stop.",
+        )
+    return job

@@ -1,0 +1,251 @@
+"""Jobs in the store: accepted once, listed, moved, cancelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, func, insert, or_, select
+from sqlalchemy.exc import IntegrityError
+
+from modeseek_ray.jobs.database import Database
+from modeseek_ray.jobs.errors import IdempotencyError, NotFoundError
+from modeseek_ray.jobs.history import append_events, find_job, move_job
+from modeseek_ray.jobs.records import (
+    DEFAULT_TENANT,
+    CheckpointRecord,
+    EventDraft,
+    EventRecord,
+    JobRecord,
+    Page,
+    new_id,
+)
+from modeseek_ray.jobs.states import TERMINAL, TRANSITIONS
+from modeseek_ray.jobs.tables import checkpoints, events, idempotency, jobs, tenants
+
+# Nothing runs for these, so a cancelled one needs nobody to end it.
+_UNATTENDED = frozenset({"accepted", "validating", "queued", "paused", "recovering"})
+
+
+class JobStore:
+    """What the API and the reconciler do with jobs. Thread-safe; each method is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def submit(
+        self,
+        job_id: str,
+        config: Mapping[str, Any],
+        *,
+        tenant_id: str = DEFAULT_TENANT,
+        file_ids: Sequence[str] = (),
+        idempotency_key: str | None = None,
+        body_sha256: str = "",
+    ) -> tuple[JobRecord, bool]:
+        """Accept a job; on disk on return. Returns it and whether it is new.
+
+        The same `idempotency_key` returns the job of the first call, or raises `IdempotencyError`
+        when the body differs.
+        """
+        try:
+            with self._database.write() as connection:
+                if idempotency_key is not None:
+                    known = self._by_key(connection, tenant_id, idempotency_key, body_sha256)
+                    if known is not None:
+                        return known, False
+                job = self._insert(connection, job_id, config, tenant_id, file_ids)
+                if idempotency_key is not None:
+                    connection.execute(
+                        insert(idempotency).values(
+                            tenant_id=tenant_id,
+                            key=idempotency_key,
+                            body_sha256=body_sha256,
+                            job_id=job_id,
+                            created_at=job.created_at,
+                        )
+                    )
+        except IntegrityError:
+            # On PostgreSQL two first uses of a key may overlap; the later one finds the other's job.
+            with self._database.read() as connection:
+                known = self._by_key(connection, tenant_id, idempotency_key or "", body_sha256)
+            if known is None:
+                raise
+            return known, False
+        self._database.announce(job_id)
+        return job, True
+
+    def find_idempotent(self, tenant_id: str, key: str, body_sha256: str) -> JobRecord | None:
+        """The job an earlier request with this key made. Raises `IdempotencyError` for another body."""
+        with self._database.read() as connection:
+            return self._by_key(connection, tenant_id, key, body_sha256)
+
+    def get(self, job_id: str, tenant_id: str | None = None) -> JobRecord:
+        """Raises `NotFoundError`, also for another tenant's job."""
+        with self._database.read() as connection:
+            return find_job(connection, job_id, tenant_id)
+
+    def page(
+        self,
+        *,
+        tenant_id: str | None = None,
+        after: str | None = None,
+        limit: int = 20,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Page[JobRecord]:
+        """Newest first, older than job `after`, with all of `metadata`."""
+        with self._database.read() as connection:
+            query = select(jobs).order_by(jobs.c.number.desc())
+            if tenant_id is not None:
+                query = query.where(jobs.c.tenant_id == tenant_id)
+            if after is not None:
+                query = query.where(jobs.c.number < find_job(connection, after, tenant_id).number)
+            for key, value in (metadata or {}).items():
+                query = query.where(jobs.c.config["metadata"][key].as_string() == value)
+            rows = connection.execute(query.limit(limit + 1)).all()
+        return Page([JobRecord.of(row) for row in rows[:limit]], len(rows) > limit)
+
+    def in_states(self, *states: str) -> list[JobRecord]:
+        """All jobs in these states, first in line first."""
+        query = select(jobs).where(jobs.c.state.in_(states)).order_by(jobs.c.priority.desc(), jobs.c.number)
+        with self._database.read() as connection:
+            return [JobRecord.of(row) for row in connection.execute(query)]
+
+    def count_by_state(self) -> dict[str, int]:
+        with self._database.read() as connection:
+            rows = connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state))
+            return {state: count for state, count in rows}
+
+    def queue_position(self, job: JobRecord) -> int | None:
+        """How many queued jobs are served before this one, plus one; None when it does not wait."""
+        if job.state != "queued":
+            return None
+        before: ColumnElement[bool] = or_(
+            jobs.c.priority > job.priority, and_(jobs.c.priority == job.priority, jobs.c.number < job.number)
+        )
+        with self._database.read() as connection:
+            ahead = connection.execute(
+                select(func.count()).where(jobs.c.state == "queued", before)
+            ).scalar_one()
+        return int(ahead) + 1
+
+    def living(self) -> list[JobRecord]:
+        """All jobs that have not ended."""
+        return self.in_states(*(state for state in TRANSITIONS if state not in TERMINAL))
+
+    def move(self, job: JobRecord, state: str, event: EventDraft, **changes: Any) -> JobRecord:
+        """One transition from the state `job` was read in. Raises `ConflictError` if it has moved since."""
+        with self._database.write() as connection:
+            moved = move_job(connection, job, state, event, self._database.clock(), **changes)
+        self._database.announce(job.id)
+        return moved
+
+    def cancel(self, job_id: str, tenant_id: str | None = None) -> JobRecord:
+        """Ask for the job's end. Immediate when nothing runs for it; a second request changes nothing.
+
+        Raises `IllegalTransitionError` for a job that has ended.
+        """
+        now = self._database.clock()
+        with self._database.write() as connection:
+            job = find_job(connection, job_id, tenant_id)
+            if job.state == "cancelling":
+                return job
+            asked = EventDraft("Cancellation was asked for.", data={"state": "cancelling"})
+            before = job.state
+            job = move_job(connection, job, "cancelling", asked, now, desired="cancel", cancel_at=now)
+            if before in _UNATTENDED:
+                done = EventDraft("The job was cancelled.", data={"state": "cancelled"})
+                job = move_job(connection, job, "cancelled", done, now, fence=job.fence + 1)
+        self._database.announce(job_id)
+        return job
+
+    def add_event(self, job_id: str, event: EventDraft) -> None:
+        """Add a line to the history of a job that has not ended; after its end nothing is added."""
+        with self._database.write() as connection:
+            if find_job(connection, job_id).terminal:
+                return
+            append_events(connection, job_id, [event], self._database.clock())
+        self._database.announce(job_id)
+
+    def events_after(self, job_id: str, sequence: int, limit: int = 500) -> list[EventRecord]:
+        """The next events in order."""
+        query = (
+            select(events)
+            .where(events.c.job_id == job_id, events.c.sequence > sequence)
+            .order_by(events.c.sequence)
+            .limit(limit)
+        )
+        with self._database.read() as connection:
+            return [EventRecord.of(row) for row in connection.execute(query)]
+
+    def events_page(self, job_id: str, *, before: int | None = None, limit: int = 20) -> Page[EventRecord]:
+        """Newest first, older than event number `before`."""
+        query = select(events).where(events.c.job_id == job_id).order_by(events.c.sequence.desc())
+        if before is not None:
+            query = query.where(events.c.sequence < before)
+        with self._database.read() as connection:
+            rows = connection.execute(query.limit(limit + 1)).all()
+        return Page([EventRecord.of(row) for row in rows[:limit]], len(rows) > limit)
+
+    def checkpoints(
+        self, job_id: str, *, after: str | None = None, limit: int = 10
+    ) -> Page[CheckpointRecord]:
+        """Newest step first."""
+        live = select(checkpoints).where(checkpoints.c.job_id == job_id, checkpoints.c.deleted_at.is_(None))
+        query = live.order_by(checkpoints.c.step.desc(), checkpoints.c.attempt.desc())
+        with self._database.read() as connection:
+            rows = [CheckpointRecord.of(row) for row in connection.execute(query)]
+        if after is not None:
+            ids = [row.id for row in rows]
+            if after not in ids:
+                raise NotFoundError(f"there is no checkpoint {after!r}.", mend="List the job's checkpoints.")
+            rows = rows[ids.index(after) + 1 :]
+        return Page(rows[:limit], len(rows) > limit)
+
+    def _by_key(self, connection: Any, tenant_id: str, key: str, body_sha256: str) -> JobRecord | None:
+        row = connection.execute(
+            select(idempotency).where(idempotency.c.tenant_id == tenant_id, idempotency.c.key == key)
+        ).one_or_none()
+        if row is None:
+            return None
+        if row.body_sha256 != body_sha256:
+            raise IdempotencyError(
+                "this Idempotency-Key was used with another body.", mend="Take a new key for a new job."
+            )
+        return find_job(connection, row.job_id)
+
+    def _insert(
+        self, connection: Any, job_id: str, config: Mapping[str, Any], tenant_id: str, file_ids: Sequence[str]
+    ) -> JobRecord:
+        now = self._database.clock()
+        priority = connection.execute(
+            select(tenants.c.priority).where(tenants.c.id == tenant_id)
+        ).scalar_one()
+        connection.execute(
+            insert(jobs).values(
+                id=job_id,
+                tenant_id=tenant_id,
+                version=1,
+                state="accepted",
+                desired="run",
+                priority=priority,
+                config=dict(config),
+                file_ids=list(file_ids),
+                created_at=now,
+                state_at=now,
+                attempt=0,
+                fence=0,
+                fruitless_attempts=0,
+                last_event=0,
+                step=0,
+                result_files=[],
+            )
+        )
+        accepted = EventDraft(f"Created fine-tuning job: {job_id}", data={"state": "accepted"})
+        append_events(connection, job_id, [accepted], now)
+        return find_job(connection, job_id)
+
+
+def new_job_id() -> str:
+    """The id is chosen before the row exists, because the job's directory is written first."""
+    return new_id("ftjob")

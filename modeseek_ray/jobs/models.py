@@ -1,0 +1,210 @@
+"""From a model's name to its directory, and what its files say about it. No torch.
+
+Only directories with safetensors weights and a tokenizer are usable. Pickled weights run code when
+loaded, and so does a model that brings its own classes; both are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modeseek_ray.errors import ModelError
+from modeseek_ray.jobs.paths import Home
+
+Lookup = Callable[[str], Path | None]
+
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a Hugging Face directory says about its model."""
+
+    path: Path
+    architecture: str
+    num_parameters: int
+    dtype_bytes: int  # per stored parameter, of the most common type
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    max_length: int  # positions
+    num_experts: int  # 0 = dense
+    has_chat_template: bool
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 1
+
+    @classmethod
+    def read(cls, path: Path) -> ModelInfo:
+        """Read `config.json` and the headers of the weight files. Raises `ModelError`."""
+        config = _config(path)
+        text_config = (
+            {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+        )
+        if "auto_map" in config:
+            raise ModelError(
+                "brings its own code (`auto_map`), which is never run here.",
+                file=str(path / "config.json"),
+                mend="Use a model whose architecture transformers has itself.",
+                code="remote_code",
+            )
+        if not (path / "tokenizer.json").is_file():
+            raise ModelError(
+                "there is no tokenizer.json.",
+                file=str(path),
+                mend="Save the fast tokenizer beside the model: tokenizer.save_pretrained(directory).",
+                code="tokenizer_missing",
+            )
+        num_parameters, dtype_bytes = _count_parameters(path)
+        try:
+            return cls(
+                path=path,
+                architecture=(config.get("architectures") or ["unknown"])[0],
+                num_parameters=num_parameters,
+                dtype_bytes=dtype_bytes,
+                vocab_size=int(text_config["vocab_size"]),
+                num_layers=int(text_config["num_hidden_layers"]),
+                hidden_size=int(text_config["hidden_size"]),
+                max_length=int(text_config["max_position_embeddings"]),
+                num_experts=next((int(text_config[k]) for k in _EXPERT_KEYS if text_config.get(k)), 0),
+                has_chat_template=_has_chat_template(path),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"says nothing usable about {error}.",
+                file=str(path / "config.json"),
+                mend="Only causal language models in Hugging Face's format can be trained.",
+            ) from None
+
+
+def resolve_model(name: str, home: Home, roots: Sequence[Path] = (), lookup: Lookup | None = None) -> Path:
+    """The directory of a model, checked.
+
+    `name` is `playground/moe` or `playground/dense`, an `ft:` name that `lookup` knows, or a
+    directory under one of `roots`. Raises `ModelError` that says what would work.
+    """
+    if name.startswith("playground/"):
+        path = _playground(name, home)
+    elif name.startswith("ft:"):
+        found = lookup(name) if lookup is not None else None
+        if found is None:
+            raise ModelError(
+                f"there is no model {name!r}.",
+                mend="List the models to see their names.",
+                code="model_not_found",
+            )
+        path = found
+    else:
+        path = _under_roots(name, roots)
+    ModelInfo.read(path)
+    return path
+
+
+def _playground(name: str, home: Home) -> Path:
+    from modeseek_ray.playground import locate
+
+    kind = name.removeprefix("playground/")
+    path = locate(kind, home.root)
+    if path is None:
+        raise ModelError(
+            f"{name} has not been built on this machine yet.",
+            mend=f"Run `modeseek playground {kind}` (some minutes, once).",
+            code="model_not_found",
+        )
+    return path
+
+
+def _under_roots(name: str, roots: Sequence[Path]) -> Path:
+    """Symbolic links are followed before the comparison, so that none leads out."""
+    if "\0" in name or not Path(name).expanduser().is_absolute():
+        raise ModelError(
+            f"{name!r} is not a model that is known here.",
+            mend="Give playground/moe, an ft: model, or the full path of a Hugging Face directory.",
+            code="model_not_found",
+        )
+    path = Path(name).expanduser().resolve()
+    allowed = [root.expanduser().resolve() for root in roots]
+    if not any(path.is_relative_to(root) for root in allowed):
+        listed = ", ".join(map(str, allowed)) or "none is set"
+        raise ModelError(
+            f"{name} is not under an allowed root ({listed}).",
+            mend="Move it there, or start the service with --root DIRECTORY.",
+            code="path_not_allowed",
+        )
+    return path
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(
+            "is not a Hugging Face model directory: there is no config.json.",
+            file=str(path),
+            mend="Give the directory that save_pretrained wrote.",
+            code="model_not_found",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot be read: {error}.", file=str(file), mend="Save the model again.") from None
+    if not isinstance(config, dict):
+        raise ModelError("is not a JSON object.", file=str(file), mend="Save the model again.")
+    return config
+
+
+def _count_parameters(path: Path) -> tuple[int, int]:
+    shards = sorted(path.glob("*.safetensors"))
+    if not shards:
+        pickled = next((p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)), None)
+        found = f"only pickled weights ({pickled})" if pickled else "no weights"
+        raise ModelError(
+            f"there are {found}; safetensors are needed.",
+            file=str(path),
+            mend="Save it with save_pretrained(directory, safe_serialization=True).",
+            code="unsafe_weights" if pickled else "model_not_found",
+        )
+    by_type: dict[str, int] = {}
+    for shard in shards:
+        for tensor in _header(shard).values():
+            if isinstance(tensor, dict) and "shape" in tensor:
+                dtype = str(tensor.get("dtype"))
+                by_type[dtype] = by_type.get(dtype, 0) + math.prod(tensor["shape"])
+    if not by_type:
+        raise ModelError("there are no tensors in it.", file=str(shards[0]), mend="Save the model again.")
+    return sum(by_type.values()), _DTYPE_BYTES.get(max(by_type, key=lambda t: by_type[t]), 4)
+
+
+def _header(shard: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: its length as 8 bytes little-endian, then itself."""
+    try:
+        with shard.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not an object")
+    except (OSError, ValueError, struct.error) as error:
+        raise ModelError(
+            f"is not a whole safetensors file: {error}.", file=str(shard), mend="Copy or save it again."
+        ) from None
+    return header
+
+
+def _has_chat_template(path: Path) -> bool:
+    if (path / "chat_template.jinja").is_file() or (path / "chat_template.json").is_file():
+        return True
+    try:
+        settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))

@@ -1,0 +1,130 @@
+"""Where things lie under `MODESEEK_HOME`. Nobody else puts paths together."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from modeseek_ray.errors import StorageError
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+def _checked(identifier: str) -> str:
+    if not _ID.fullmatch(identifier):
+        raise ValueError(f"{identifier!r} is not an id: it becomes part of a path")
+    return identifier
+
+
+@dataclass(frozen=True)
+class Home:
+    """The directory that holds all state of one installation.
+
+    >>> Home(Path("/var/lib/modeseek")).secret("ftjob-1", 2).as_posix()
+    '/var/lib/modeseek/jobs/ftjob-1/attempts/2/secret.json'
+    """
+
+    root: Path
+
+    @classmethod
+    def from_environment(cls) -> Home:
+        """`MODESEEK_HOME`, or `~/.modeseek`."""
+        return cls(Path(os.environ.get("MODESEEK_HOME") or Path.home() / ".modeseek").expanduser().resolve())
+
+    @property
+    def store_url(self) -> str:
+        return f"sqlite:///{self.root / 'store.sqlite3'}"
+
+    @property
+    def files(self) -> Path:
+        return self.root / "files"
+
+    @property
+    def jobs(self) -> Path:
+        return self.root / "jobs"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one service process that writes here."""
+        return self.root / "service.lock"
+
+    @property
+    def cache(self) -> Path:
+        """What can be computed again: reference scores, playground models."""
+        return self.root / "cache"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    def file(self, file_id: str) -> Path:
+        return self.files / _checked(file_id)
+
+    def job(self, job_id: str) -> Path:
+        return self.jobs / _checked(job_id)
+
+    def config(self, job_id: str) -> Path:
+        """The job as accepted, with every name resolved to a path: a `JobSpec`."""
+        return self.job(job_id) / "config.json"
+
+    def attempt(self, job_id: str, attempt: int) -> Path:
+        return self.job(job_id) / "attempts" / str(int(attempt))
+
+    def secret(self, job_id: str, attempt: int) -> Path:
+        """What a driver needs to speak to the service: token, fence, url. Mode 0600."""
+        return self.attempt(job_id, attempt) / "secret.json"
+
+    def checkpoints(self, job_id: str) -> Path:
+        return self.job(job_id) / "checkpoints"
+
+    def results(self, job_id: str) -> Path:
+        return self.job(job_id) / "results"
+
+    def metrics_csv(self, job_id: str) -> Path:
+        return self.results(job_id) / "metrics.csv"
+
+    def weights_parquet(self, job_id: str) -> Path:
+        return self.results(job_id) / "weights.parquet"
+
+    def report_html(self, job_id: str) -> Path:
+        return self.results(job_id) / "report.html"
+
+    def model(self, job_id: str) -> Path:
+        """The exported Hugging Face directory."""
+        return self.job(job_id) / "model"
+
+    def prepare(self) -> None:
+        """Create the directories. Raises `StorageError` where that is not possible."""
+        try:
+            for directory in (self.root, self.files, self.jobs, self.cache, self.logs):
+                directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StorageError(
+                f"cannot be created: {error.strerror}.",
+                file=str(self.root),
+                mend="Point MODESEEK_HOME at a directory you may write to.",
+            ) from None
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace `path` by `text`, readable by its owner alone; whole or not at all, and on disk on return."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename or a new entry in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,225 @@
+"""Moves jobs on: validates, queues, starts, watches, recovers, ends. One background task of the service.
+
+Each pass reads what the store says and does the next thing; it holds no state that the store does
+not, except tasks in flight. So a crash anywhere is mended by the next pass of the next process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
+
+from modeseek_ray.jobs.attendant import Attendant, ReconcilerSettings
+from modeseek_ray.jobs.errors import ConflictError, IllegalTransitionError
+from modeseek_ray.jobs.launcher import Launcher, ValidationOutcome, Validator
+from modeseek_ray.jobs.paths import Home, write_private
+from modeseek_ray.jobs.records import EventDraft, JobRecord
+from modeseek_ray.jobs.states import ATTENDED
+from modeseek_ray.jobs.store import Store
+
+__all__ = ["Reconciler", "ReconcilerSettings"]
+
+log = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """Run `run()` as a task of the service's event loop; `wake()` from any thread after a change."""
+
+    def __init__(
+        self,
+        store: Store,
+        home: Home,
+        launcher: Launcher | None,
+        validator: Validator | None,
+        *,
+        url: str,
+        settings: ReconcilerSettings | None = None,
+    ) -> None:
+        """Without a launcher jobs stay queued, without a validator accepted. Drivers report to `url`."""
+        self._store = store
+        self._home = home
+        self._validator = validator
+        self._url = url
+        self.settings = settings or ReconcilerSettings()
+        self._name = secrets.token_hex(8)
+        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._leads_until = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._woken = asyncio.Event()
+        self._attendant = (
+            None if launcher is None else Attendant(store, home, launcher, self.settings, self._woken.set)
+        )
+
+    @property
+    def runs_jobs(self) -> bool:
+        """Whether there is a cluster to start drivers on."""
+        return self._attendant is not None
+
+    async def run(self) -> None:
+        """Until cancelled. An error of one pass is logged; the next pass tries again."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            while True:
+                self._woken.clear()
+                try:
+                    await self.reconcile()
+                except Exception:
+                    log.exception("reconciler pass failed; trying again")
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._woken.wait(), self.settings.pass_every_s)
+        finally:
+            await self._end_tasks()
+            await asyncio.to_thread(self._store.drop_lease, "reconciler", self._name)
+
+    def wake(self) -> None:
+        """Do the next pass now rather than within `pass_every_s`."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._woken.set)
+
+    async def reconcile(self) -> None:
+        """One pass over every job that has not ended."""
+        if not await asyncio.to_thread(self._leads):
+            return
+        jobs = await asyncio.to_thread(
+            self._store.jobs.in_states, "accepted", "validating", "queued", "recovering", *ATTENDED
+        )
+        attended = sum(job.state in ATTENDED for job in jobs)
+        for job in jobs:
+            if job.state in ("accepted", "validating"):
+                self._validate_soon(job)
+            elif job.state == "recovering":
+                await self._guarded(job, self._requeue(job))
+            elif job.state == "cancelling":
+                self._start_task("end", job, self._end(job))
+            elif self._attendant is None:
+                continue
+            elif job.state in ATTENDED:
+                self._start_task("watch", job, self._attendant.watch(job))
+            elif attended < self.settings.max_running_jobs:
+                attended += 1
+                await self._guarded(job, self._begin(job, self._attendant))
+
+    def _leads(self) -> bool:
+        """Whether this is the one reconciler. The lease is renewed when half of it is over."""
+        now = self._store.database.clock()
+        duration_s = self.settings.leader_lease_s
+        if self._leads_until - now < duration_s / 2:
+            held = self._store.hold_lease("reconciler", self._name, duration_s)
+            self._leads_until = now + duration_s if held else 0.0
+        return self._leads_until > now
+
+    # accepted -> validating -> queued | rejected
+
+    def _validate_soon(self, job: JobRecord) -> None:
+        running = sum(kind == "validate" for kind, _ in self._tasks)
+        if self._validator is not None and running < self.settings.max_validations:
+            self._start_task("validate", job, self._validate(job, self._validator))
+
+    async def _validate(self, job: JobRecord, validator: Validator) -> None:
+        if job.state == "accepted":
+            event = EventDraft(
+                f"Validating training file: {job.config['training_file']}", data={"state": "validating"}
+            )
+            job = await asyncio.to_thread(self._store.jobs.move, job, "validating", event)
+        try:
+            outcome = await validator.validate(job.id)
+        except Exception as failure:
+            log.exception("validation of %s broke", job.id)
+            problem = {
+                "code": "validation_failed",
+                "message": f"The validation itself failed: {failure}",
+                "param": None,
+            }
+            outcome = ValidationOutcome(False, problem)
+        data = {"report": dict(outcome.report)}
+        if outcome.ok:
+            event = EventDraft(
+                "Files validated, moving job to queued state", data={"state": "queued", **data}
+            )
+            await asyncio.to_thread(self._store.jobs.move, job, "queued", event)
+        else:
+            error = {
+                "code": "invalid_data",
+                "message": "The job cannot be trained.",
+                "param": None,
+                **(outcome.error or {}),
+            }
+            event = EventDraft(
+                f"The job was rejected: {error['message']}", "error", data={"state": "rejected", **data}
+            )
+            await asyncio.to_thread(self._store.jobs.move, job, "rejected", event, error=error)
+        self._woken.set()
+
+    # queued -> starting
+
+    async def _begin(self, job: JobRecord, attendant: Attendant) -> None:
+        """The secret is on disk before the attempt is in the store: a crash between leaves no orphan."""
+        token = secrets.token_urlsafe(32)
+        secret = {
+            "token": token,
+            "fence": job.fence + 1,
+            "url": self._url,
+            "job": job.id,
+            "attempt": job.attempt + 1,
+        }
+        path = self._home.secret(job.id, job.attempt + 1)
+        await asyncio.to_thread(write_private, path, json.dumps(secret))
+        job = await asyncio.to_thread(self._store.attempts.begin, job, token)
+        self._start_task("watch", job, attendant.watch(job))
+
+    # recovering -> queued | failed
+
+    async def _requeue(self, job: JobRecord) -> None:
+        if job.fruitless_attempts < self.settings.max_fruitless_attempts:
+            event = EventDraft("The job goes on from its last checkpoint.", data={"state": "queued"})
+            await asyncio.to_thread(self._store.jobs.move, job, "queued", event)
+            self._woken.set()
+            return
+        attempt = await asyncio.to_thread(self._store.attempts.get, job.id, job.attempt)
+        reason = attempt.outcome if attempt is not None else ""
+        message = f"{job.fruitless_attempts} attempts in a row made no new checkpoint; the last: {reason}"
+        error = {"code": "attempts_exhausted", "message": message, "param": None}
+        event = EventDraft(f"The job failed. {message}", "error", data={"state": "failed"})
+        await asyncio.to_thread(self._store.attempts.end, job, "failed", event, error=error)
+
+    # cancelling -> cancelled
+
+    async def _end(self, job: JobRecord) -> None:
+        """A launch that is under way comes to its end first, so that its driver can be found."""
+        launching = self._tasks.get(("watch", job.id))
+        if launching is not None:
+            await asyncio.wait([launching], timeout=self.settings.cancel_grace_s / 2)
+        if self._attendant is not None:
+            await self._attendant.end_cancelled(job)
+
+    # Common.
+
+    def _start_task(self, kind: str, job: JobRecord, work: Coroutine[Any, Any, None]) -> None:
+        """At most one task of a kind per job."""
+        key = (kind, job.id)
+        if key in self._tasks:
+            work.close()
+            return
+        task = asyncio.create_task(self._guarded(job, work))
+        self._tasks[key] = task
+        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+
+    async def _guarded(self, job: JobRecord, work: Coroutine[Any, Any, None]) -> None:
+        """Another writer may be faster: then the next pass decides anew from what the store says."""
+        try:
+            await work
+        except (ConflictError, IllegalTransitionError) as error:
+            log.debug("%s moved on meanwhile: %s", job.id, error)
+        except Exception:
+            log.exception("reconciling %s failed; trying again", job.id)
+
+    async def _end_tasks(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

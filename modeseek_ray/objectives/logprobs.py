@@ -1,0 +1,270 @@
+"""Token log-probabilities from hidden states, without ever holding the logits of all positions.
+
+    M  positions that are trained on or scored      H  width of the model
+    C  positions of one chunk                       V  vocabulary
+
+The head's logits are computed chunk by chunk, reduced to a few numbers per position and thrown
+away; the backward pass computes them again. Memory is C x V instead of M x V (and a multiple of it
+for autograd), for one third more work in the head. Products, softmax and sums are float32 whatever
+the model's dtype: in bfloat16 a log-probability is .03-.05 nats off, which ruins every ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+KlDirection = Literal["forward", "reverse"]
+
+TOP = 20  # entries of the renormalised distribution that `eaft` looks at (2601.02151)
+CHUNK_BYTES = 64 * 2**20  # of float32 logits: large enough for an efficient product, small beside a model
+
+
+class TokenScores(NamedTuple):
+    """What is known of M predicted tokens. A tuple, so that DeepSpeed's hooks find the tensors in it.
+
+    Only `log_prob_M` and `kl_M` carry gradients.
+    """
+
+    log_prob_M: Tensor  # float32, nats
+    correct_M: Tensor  # bool: no token is likelier (a tie counts as correct)
+    entropy_M: Tensor | None = None  # nats, over the whole vocabulary
+    top_entropy_M: Tensor | None = None  # nats, of the softmax renormalised over the `TOP` likeliest tokens
+    kl_M: Tensor | None = None  # nats, against the reference that was handed in
+    hidden_M: Tensor | None = None  # [M, H], detached, where asked for
+
+
+@dataclass(frozen=True)
+class Head:
+    """A vocabulary projection: logits = scale * (hidden @ weight.T + bias).
+
+    `scale` is 1 / temperature times whatever constant the architecture multiplies its logits by.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+
+
+def token_scores(
+    hidden_MD: Tensor,
+    head_weight_VD: Tensor,
+    target_M: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_positions: int | None = None,
+    statistics: bool = False,
+) -> TokenScores:
+    """Log-probability of `target_M` under softmax(hidden @ weight.T / temperature), float32.
+
+    Differentiable in hidden, weight and bias. `statistics` adds both entropies, which cost a pass
+    over the logits each. `chunk_positions` None = as many as fit `CHUNK_BYTES`.
+    """
+    size = chunk_positions or default_chunk(head_weight_VD.shape[0])
+    log_prob_M, correct_M, entropy_M, top_entropy_M = _TokenScores.apply(
+        hidden_MD, head_weight_VD, bias_V, target_M, 1.0 / temperature, size, statistics
+    )
+    if not statistics:
+        return TokenScores(log_prob_M, correct_M)
+    return TokenScores(log_prob_M, correct_M, entropy_M, top_entropy_M)
+
+
+def token_kl(
+    hidden_MD: Tensor,
+    head: Head,
+    hidden_ref_MD: Tensor,
+    head_ref: Head,
+    *,
+    direction: KlDirection,
+    chunk_positions: int | None = None,
+) -> Tensor:
+    """KL per position over the whole vocabulary, [M] float32 nats; differentiable in the policy alone.
+
+    `forward` is KL(reference || policy), `reverse` KL(policy || reference) (METHODS.md section 5).
+    """
+    size = chunk_positions or max(1, default_chunk(head.weight_VD.shape[0]) // 2)
+    with torch.no_grad():
+        hidden_ref_MD = hidden_ref_MD.detach()
+        head_ref = Head(
+            head_ref.weight_VD.detach(),
+            None if head_ref.bias_V is None else head_ref.bias_V.detach(),
+            head_ref.scale,
+        )
+    kl_M: Tensor = _TokenKl.apply(
+        hidden_MD, head.weight_VD, head.bias_V, head.scale, hidden_ref_MD, head_ref, direction, size
+    )
+    return kl_M
+
+
+def default_chunk(vocabulary: int) -> int:
+    """Positions whose float32 logits fit `CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+class _Logits:
+    """Float32 logits of a head, a chunk of positions at a time, in one buffer that is used again."""
+
+    def __init__(self, hidden_MD: Tensor, head: Head, size: int) -> None:
+        self.hidden_MD = hidden_MD
+        self.weight_VD = head.weight_VD.float()
+        self.bias_V = None if head.bias_V is None else head.bias_V.float() * head.scale
+        self.scale = head.scale
+        rows = min(size, len(hidden_MD))
+        self.buffer_CV = self.weight_VD.new_empty(rows, len(self.weight_VD))
+
+    def hidden(self, part: slice) -> Tensor:
+        """The chunk's hidden states, float32, with the logits' scale in them."""
+        hidden_CD = self.hidden_MD[part].float()
+        return hidden_CD if self.scale == 1.0 else hidden_CD * self.scale
+
+    def __call__(self, part: slice) -> Tensor:
+        """Logits of one chunk. Valid until the next call; callers may overwrite them."""
+        hidden_CD = self.hidden(part)
+        logits_CV = torch.mm(hidden_CD, self.weight_VD.t(), out=self.buffer_CV[: len(hidden_CD)])
+        return logits_CV if self.bias_V is None else logits_CV.add_(self.bias_V)
+
+
+class _Gradients:
+    """Sums d loss / d logits of the chunks up to gradients of hidden, weight and bias."""
+
+    def __init__(self, logits: _Logits, needed: tuple[bool, bool, bool]) -> None:
+        self.logits = logits
+        new = logits.weight_VD.new_empty
+        self.hidden_MD = new(logits.hidden_MD.shape) if needed[0] else None
+        self.weight_VD = torch.zeros_like(logits.weight_VD) if needed[1] else None
+        self.bias_V = new(len(logits.weight_VD)).zero_() if needed[2] else None
+
+    def add(self, part: slice, grad_CV: Tensor) -> None:
+        """`grad_CV` is d loss / d logits of one chunk."""
+        if self.hidden_MD is not None:
+            torch.mm(grad_CV, self.logits.weight_VD, out=self.hidden_MD[part])
+        if self.weight_VD is not None:
+            self.weight_VD.addmm_(grad_CV.t(), self.logits.hidden(part))
+        if self.bias_V is not None:
+            self.bias_V.add_(grad_CV.sum(0), alpha=self.logits.scale)
+
+    def result(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The three gradients in their parameters' dtypes."""
+        if self.hidden_MD is not None and self.logits.scale != 1.0:
+            self.hidden_MD.mul_(self.logits.scale)
+        return (
+            None if self.hidden_MD is None else self.hidden_MD.to(hidden.dtype),
+            None if self.weight_VD is None else self.weight_VD.to(weight.dtype),
+            None if self.bias_V is None or bias is None else self.bias_V.to(bias.dtype),
+        )
+
+
+class _TokenScores(torch.autograd.Function):
+    """Forward keeps hidden states and each position's logsumexp; backward computes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_M: Tensor,
+        scale: float,
+        size: int,
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        logits = _Logits(hidden_MD, Head(weight_VD, bias_V, scale), size)
+        num_positions = len(hidden_MD)
+        log_prob_M, logsumexp_M, entropy_M, top_entropy_M = logits.weight_VD.new_empty(4, num_positions)
+        correct_M = torch.empty(num_positions, dtype=torch.bool, device=hidden_MD.device)
+        for part in _parts(num_positions, size):
+            logits_CV = logits(part)
+            target_C = logits_CV.gather(1, target_M[part, None]).squeeze(1)
+            if statistics:
+                top_entropy_M[part] = _entropy(logits_CV.topk(min(TOP, logits_CV.shape[1]), dim=1).values)
+                entropy_M[part] = _entropy(logits_CV)
+            highest_C = logits_CV.amax(1)
+            logsumexp_M[part] = logits_CV.sub_(highest_C[:, None]).exp_().sum(1).log_().add_(highest_C)
+            correct_M[part] = target_C >= highest_C
+            log_prob_M[part] = target_C - logsumexp_M[part]
+        ctx.save_for_backward(hidden_MD, weight_VD, bias_V, target_M, logsumexp_M)
+        ctx.scale, ctx.size = scale, size
+        if not statistics:
+            ctx.mark_non_differentiable(correct_M)
+            return log_prob_M, correct_M, None, None
+        ctx.mark_non_differentiable(correct_M, entropy_M, top_entropy_M)
+        return log_prob_M, correct_M, entropy_M, top_entropy_M
+
+    @staticmethod
+    def backward(ctx: Any, grad_M: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden_MD, weight_VD, bias_V, target_M, logsumexp_M = ctx.saved_tensors
+        logits = _Logits(hidden_MD, Head(weight_VD, bias_V, ctx.scale), ctx.size)
+        gradients = _Gradients(logits, ctx.needs_input_grad[:3])
+        for part in _parts(len(hidden_MD), ctx.size):
+            grad_C = grad_M[part, None]
+            # d log p(target) / d logits = onehot(target) - softmax
+            grad_CV = logits(part).sub_(logsumexp_M[part, None]).exp_().mul_(-grad_C)
+            grad_CV.scatter_add_(1, target_M[part, None], grad_C)
+            gradients.add(part, grad_CV)
+        return *gradients.result(hidden_MD, weight_VD, bias_V), None, None, None, None
+
+
+class _TokenKl(torch.autograd.Function):
+    """Both heads chunk by chunk, forward and again backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        scale: float,
+        hidden_ref_MD: Tensor,
+        head_ref: Head,
+        direction: KlDirection,
+        size: int,
+    ) -> Tensor:
+        policy = _Logits(hidden_MD, Head(weight_VD, bias_V, scale), size)
+        reference = _Logits(hidden_ref_MD, head_ref, size)
+        kl_M = policy.weight_VD.new_empty(len(hidden_MD))
+        for part in _parts(len(hidden_MD), size):
+            log_policy_CV = policy(part).log_softmax(1)
+            log_ref_CV = reference(part).log_softmax(1)
+            if direction == "forward":
+                kl_M[part] = (log_ref_CV - log_policy_CV).mul_(log_ref_CV.exp_()).sum(1)
+            else:
+                kl_M[part] = (log_policy_CV - log_ref_CV).mul_(log_policy_CV.exp_()).sum(1)
+        ctx.save_for_backward(
+            hidden_MD, weight_VD, bias_V, hidden_ref_MD, head_ref.weight_VD, head_ref.bias_V, kl_M
+        )
+        ctx.scales, ctx.direction, ctx.size = (scale, head_ref.scale), direction, size
+        return kl_M
+
+    @staticmethod
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_MD, weight_VD, bias_V, hidden_ref_MD, weight_ref_VD, bias_ref_V, kl_M = ctx.saved_tensors
+        policy = _Logits(hidden_MD, Head(weight_VD, bias_V, ctx.scales[0]), ctx.size)
+        reference = _Logits(hidden_ref_MD, Head(weight_ref_VD, bias_ref_V, ctx.scales[1]), ctx.size)
+        gradients = _Gradients(policy, ctx.needs_input_grad[:3])
+        for part in _parts(len(hidden_MD), ctx.size):
+            log_policy_CV = policy(part).log_softmax(1)
+            log_ref_CV = reference(part).log_softmax(1)
+            if ctx.direction == "forward":  # d KL(ref || policy) / d logits = policy - ref
+                grad_CV = log_policy_CV.exp_().sub_(log_ref_CV.exp_())
+            else:  # d KL(policy || ref) / d logits = policy * (log policy - log ref - KL)
+                grad_CV = (
+                    log_ref_CV.neg_().add_(log_policy_CV).sub_(kl_M[part, None]).mul_(log_policy_CV.exp_())
+                )
+            gradients.add(part, grad_CV.mul_(grad_M[part, None]))
+        return *gradients.result(hidden_MD, weight_VD, bias_V), None, None, None, None, None
+
+
+def _entropy(logits_CV: Tensor) -> Tensor:
+    """Entropy of softmax(logits) per row, nats."""
+    log_prob_CV = logits_CV.log_softmax(1)
+    return -(log_prob_CV.exp() * log_prob_CV).sum(1)
+
+
+def _parts(num_positions: int, size: int) -> Iterator[slice]:
+    for start in range(0, num_positions, size):
+        yield slice(start, min(start + size, num_positions))

@@ -1,0 +1,86 @@
+"""The application: routes, errors, and the background task that moves jobs on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from fastapi import FastAPI
+
+from modeseek_ray import __version__
+from modeseek_ray.jobs.launcher import Validator
+from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.reconciler import Reconciler
+from modeseek_ray.jobs.store import Store
+from modeseek_ray.service import drivers, errors, events, files, jobs, models, operations, validations
+from modeseek_ray.service.context import Service
+from modeseek_ray.service.metrics import Metrics
+from modeseek_ray.service.middleware import RequestIds
+from modeseek_ray.service.notify import Notifier
+from modeseek_ray.service.settings import ServiceSettings
+
+log = logging.getLogger(__name__)
+
+
+def create_app(
+    home: Home,
+    store: Store,
+    *,
+    reconciler: Reconciler | None = None,
+    validator: Validator | None = None,
+    settings: ServiceSettings | None = None,
+) -> FastAPI:
+    """One service. Without a reconciler jobs are accepted and stay so; without a validator
+    `/validate` checks what needs no tokenizer.
+    """
+    home.prepare()
+    notifier = Notifier()
+    store.database.listeners.append(notifier.notify)
+    metrics = Metrics(store, notifier)
+    service = Service(
+        home=home,
+        store=store,
+        settings=settings or ServiceSettings(),
+        notifier=notifier,
+        metrics=metrics,
+        reconciler=reconciler,
+        validator=validator,
+        validations=None if validator is None else validations.Validations(home, validator),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        _remove_drafts(home)
+        task = None if reconciler is None else asyncio.create_task(reconciler.run())
+        try:
+            yield
+        finally:
+            if service.validations is not None:
+                await service.validations.close()
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+    app = FastAPI(
+        title="modeseek-ray",
+        version=__version__,
+        description="Fine-tuning that decides how much each sample counts. OpenAI's clients work here.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    errors.install(app)
+    app.add_middleware(RequestIds, metrics=metrics)
+    # `events` first: its path is under a job's, and the routes of a job take what is left.
+    for module in (files, events, jobs, validations, models, drivers, operations):
+        app.include_router(module.router)
+    return app
+
+
+def _remove_drafts(home: Home) -> None:
+    """Uploads that a crash cut off."""
+    for draft in home.files.glob(".*.upload"):
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,131 @@
+"""What every route needs, and who is asking."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Header, Request
+
+from modeseek_ray.errors import ModelError
+from modeseek_ray.jobs.errors import TokenError
+from modeseek_ray.jobs.launcher import Validator
+from modeseek_ray.jobs.models import resolve_model
+from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.reconciler import Reconciler
+from modeseek_ray.jobs.records import DEFAULT_TENANT
+from modeseek_ray.jobs.store import Store
+from modeseek_ray.service.metrics import Metrics
+from modeseek_ray.service.notify import Notifier
+from modeseek_ray.service.settings import ServiceSettings
+
+if TYPE_CHECKING:
+    from modeseek_ray.service.validations import Validations
+
+
+@dataclass(frozen=True)
+class Service:
+    """The parts of one running service."""
+
+    home: Home
+    store: Store
+    settings: ServiceSettings
+    notifier: Notifier
+    metrics: Metrics
+    reconciler: Reconciler | None = None
+    validator: Validator | None = None
+    validations: Validations | None = None
+
+    def wake(self) -> None:
+        """Have the reconciler look now."""
+        if self.reconciler is not None:
+            self.reconciler.wake()
+
+    def resolve_model(self, name: str, tenant_id: str, param: str = "model") -> Path:
+        """The directory of a model this tenant may use. Raises `ModelError` naming `param`."""
+
+        def lookup(known: str) -> Path | None:
+            record = self.store.models.find(known, tenant_id)
+            if record is None and self.store.models.checkpoint_path(known, tenant_id) is not None:
+                raise ModelError(
+                    f"{known} is a checkpoint to resume from, not an exported model.",
+                    mend="Use the model of the finished job.",
+                    code="checkpoint_not_exported",
+                )
+            return None if record is None else Path(record.path)
+
+        try:
+            return resolve_model(name, self.home, self.settings.roots, lookup)
+        except ModelError as error:
+            error.param = error.param or param
+            raise
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose request this is."""
+
+    tenant_id: str
+
+
+def get_service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(get_service)]
+
+
+def get_caller(
+    request: Request,
+    service: ServiceDep,
+    authorization: Annotated[str | None, Header()] = None,
+    openai_organization: Annotated[str | None, Header()] = None,
+) -> Caller:
+    """The tenant of the key. Where no key exists, this machine's own programs need none."""
+    if not service.store.keys.any_active():
+        _check_local(request)
+        return Caller(DEFAULT_TENANT)
+    scheme, _, key = (authorization or "").partition(" ")
+    record = service.store.keys.verify(key.strip()) if scheme.lower() == "bearer" else None
+    if record is None:
+        raise TokenError(
+            "no valid API key was given.",
+            mend="Send `Authorization: Bearer <key>`; the command line reads MODESEEK_API_KEY.",
+        )
+    if openai_organization not in (None, "", record.tenant_id):
+        raise TokenError(
+            "the key belongs to another organization.",
+            mend="Leave OpenAI-Organization away, or name the key's own.",
+            code="mismatched_organization",
+        )
+    return Caller(record.tenant_id)
+
+
+CallerDep = Annotated[Caller, Depends(get_caller)]
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether an address or host name means this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address((host or "").strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_local(request: Request) -> None:
+    """Without keys: from this machine, under its own name, and not from a page of somebody else's."""
+    client = request.client.host if request.client else None
+    host = urlsplit(f"//{request.headers.get('host', '')}").hostname
+    origin = request.headers.get("origin")
+    foreign_page = origin is not None and not is_loopback(urlsplit(origin).hostname)
+    if not is_loopback(client) or not is_loopback(host) or foreign_page:
+        raise TokenError(
+            "without API keys only programs of this machine are answered.",
+            mend="Create a key for each user first.",
+        )

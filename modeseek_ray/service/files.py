@@ -1,0 +1,199 @@
+"""`/v1/files`: upload, register, list, read, delete."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
+from pydantic import ValidationError
+
+from modeseek_ray.config import config_error
+from modeseek_ray.jobs.errors import NotFoundError
+from modeseek_ray.jobs.records import new_id
+from modeseek_ray.service.body import read_json
+from modeseek_ray.service.context import Caller, CallerDep, Service, ServiceDep
+from modeseek_ray.service.errors import ERROR_RESPONSES, RequestError, TooLargeError
+from modeseek_ray.service.upload import Upload, receive_upload
+from modeseek_ray.service.wire import Deleted, FileObject, Page, Registration, file_object
+
+router = APIRouter(prefix="/v1/files", tags=["files"], responses=ERROR_RESPONSES)
+
+_CREATE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": ["fine-tune"]},
+                    },
+                }
+            },
+            "application/json": {"schema": Registration.model_json_schema()},
+        },
+    }
+}
+
+
+@router.post("", openapi_extra=_CREATE_BODY)
+async def create_file(request: Request, service: ServiceDep, caller: CallerDep) -> FileObject:
+    """Upload a file as a form, or register one by its path with a JSON body."""
+    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        return await _upload(request, service, caller)
+    body = await read_json(request, service.settings.max_body_bytes)
+    try:
+        registration = Registration.model_validate(body)
+    except ValidationError as error:
+        raise config_error(error) from None
+    return await run_in_threadpool(_register, service, caller, registration)
+
+
+@router.get("")
+def list_files(
+    service: ServiceDep,
+    caller: CallerDep,
+    purpose: Annotated[str | None, Query(max_length=64)] = None,
+    after: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+) -> Page[FileObject]:
+    """List files, newest first unless asked otherwise."""
+    page = service.store.files.page(
+        tenant_id=caller.tenant_id, purpose=purpose, after=after, limit=limit, order=order
+    )
+    data = [file_object(record) for record in page.data]
+    return Page(
+        data=data,
+        has_more=page.has_more,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+    )
+
+
+@router.get("/{file_id}")
+def retrieve_file(file_id: str, service: ServiceDep, caller: CallerDep) -> FileObject:
+    """What is known of a file."""
+    return file_object(service.store.files.get(file_id, caller.tenant_id))
+
+
+@router.get("/{file_id}/content", response_class=FileResponse)
+def file_content(file_id: str, service: ServiceDep, caller: CallerDep) -> FileResponse:
+    """The file itself."""
+    record = service.store.files.get(file_id, caller.tenant_id)
+    if not Path(record.path).is_file():
+        raise NotFoundError(
+            f"the contents of {file_id} are gone.", code="file_not_found", mend="Upload the file again."
+        )
+    return FileResponse(record.path, filename=record.filename, media_type="application/octet-stream")
+
+
+@router.delete("/{file_id}")
+def delete_file(file_id: str, service: ServiceDep, caller: CallerDep) -> Deleted:
+    """Delete a file. One that a living job reads is kept."""
+    service.store.files.get(file_id, caller.tenant_id)
+    job = next((job for job in service.store.jobs.living() if file_id in job.file_ids), None)
+    if job is not None:
+        raise RequestError(
+            f"job {job.id} still reads this file.",
+            mend="Cancel the job, or wait for its end.",
+            code="file_in_use",
+        )
+    record = service.store.files.delete(file_id, caller.tenant_id)
+    if record.owned:
+        Path(record.path).unlink(missing_ok=True)
+    return Deleted(id=file_id, object="file")
+
+
+async def _upload(request: Request, service: Service, caller: Caller) -> FileObject:
+    file_id = new_id("file")
+    draft = service.home.files / f".{file_id}.upload"
+    upload = await receive_upload(request, draft, service.settings.max_upload_bytes)
+    try:
+        return await run_in_threadpool(_store_upload, service, caller, file_id, upload)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _store_upload(service: Service, caller: Caller, file_id: str, upload: Upload) -> FileObject:
+    """The bytes get their final name before the row exists: a crash between leaves a file nobody knows."""
+    purpose = upload.fields.get("purpose")
+    if purpose != "fine-tune":
+        raise RequestError(
+            f"the purpose is {'missing' if purpose is None else repr(purpose[:64])}.",
+            param="purpose",
+            mend='Files for jobs have the purpose "fine-tune".',
+            code="invalid_purpose",
+        )
+    if upload.num_bytes == 0:
+        raise RequestError(
+            "the file is empty.", param="file", mend="Send a file with rows.", code="empty_file"
+        )
+    quota = service.store.keys.quota_bytes(caller.tenant_id)
+    if quota is not None and service.store.files.total_bytes(caller.tenant_id) + upload.num_bytes > quota:
+        raise TooLargeError(
+            f"your files would take more than {quota} bytes.",
+            mend="Delete some first.",
+            code="quota_exceeded",
+        )
+    target = service.home.file(file_id)
+    upload.keep_as(target)
+    record = service.store.files.add(
+        file_id,
+        upload.filename,
+        purpose,
+        target,
+        num_bytes=upload.num_bytes,
+        owned=True,
+        sha256=upload.sha256,
+        tenant_id=caller.tenant_id,
+    )
+    return file_object(record)
+
+
+def _register(service: Service, caller: Caller, registration: Registration) -> FileObject:
+    """Links are followed before the comparison with the roots, so that none leads out."""
+    given = Path(registration.path)
+    path = given.resolve() if given.is_absolute() else given
+    roots = [root.resolve() for root in service.settings.roots]
+    if not any(path.is_relative_to(root) for root in roots):
+        raise RequestError(
+            "the path is not under an allowed root.",
+            param="path",
+            mend=f"Allowed: {', '.join(map(str, roots)) or 'none; start the service with --root DIRECTORY'}.",
+            code="path_not_allowed",
+        )
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest() if stat.S_ISREG(status.st_mode) else ""
+    except OSError as error:
+        raise RequestError(
+            f"the file cannot be read: {error.strerror}.",
+            param="path",
+            mend="Mend the path.",
+            code="file_not_found",
+        ) from None
+    if not sha256 or status.st_size == 0:
+        raise RequestError(
+            "this is not a file with rows.", param="path", mend="Name a file.", code="empty_file"
+        )
+    record = service.store.files.add(
+        new_id("file"),
+        path.name,
+        registration.purpose,
+        path,
+        num_bytes=status.st_size,
+        owned=False,
+        sha256=sha256,
+        tenant_id=caller.tenant_id,
+    )
+    return file_object(record)

@@ -1,0 +1,124 @@
+"""From a request's body to an accepted job: everything that can be checked without a tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modeseek_ray.config import JobConfig, parse_config
+from modeseek_ray.data.loading import read_rows
+from modeseek_ray.data.problems import Problems, raise_first
+from modeseek_ray.errors import ConfigError
+from modeseek_ray.jobs.errors import NotFoundError
+from modeseek_ray.jobs.integrations import check_integrations
+from modeseek_ray.jobs.job_store import new_job_id
+from modeseek_ray.jobs.records import FileRecord, JobRecord
+from modeseek_ray.jobs.spec import FILE_ROLES, JobSpec
+from modeseek_ray.service.context import Caller, Service
+
+_DATA_ROLES = {"training_file": "training", "replay_file": "replay", "validation_file": "validation"}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A configuration whose names all lead somewhere."""
+
+    config: JobConfig
+    files: dict[str, FileRecord]
+    model_path: Path
+    behavior_model_path: Path | None
+
+    def spec(self, service: Service, job_id: str) -> JobSpec:
+        return JobSpec(
+            job_id=job_id,
+            config=self.config,
+            files={role: Path(record.path) for role, record in self.files.items()},
+            filenames={role: record.filename for role, record in self.files.items()},
+            model_path=self.model_path,
+            behavior_model_path=self.behavior_model_path,
+            home=service.home.root,
+        )
+
+
+def check(service: Service, caller: Caller, body: Any) -> Checked:
+    """Raises the first problem as a `ModeseekError` that names the field, or the file and line."""
+    config = parse_config(body)
+    check_integrations(config)
+    files = {
+        role: _file(service, caller, role, name)
+        for role in FILE_ROLES
+        if (name := getattr(config, role)) is not None
+    }
+    model_path = service.resolve_model(config.model, caller.tenant_id)
+    behavior = config.behavior_model
+    behavior_path = None
+    if behavior is not None:
+        behavior_path = service.resolve_model(behavior, caller.tenant_id, "behavior_model")
+    _check_rows(service, files)
+    return Checked(config, files, model_path, behavior_path)
+
+
+def accept(
+    service: Service,
+    caller: Caller,
+    body: dict[str, Any],
+    checked: Checked,
+    *,
+    idempotency_key: str | None,
+    body_sha256: str,
+) -> JobRecord:
+    """Store the job. Its directory is complete before the row exists, so an answered job has all it needs."""
+    job_id = new_job_id()
+    checked.spec(service, job_id).write(service.home.config(job_id))
+    try:
+        job, is_new = service.store.jobs.submit(
+            job_id,
+            body,
+            tenant_id=caller.tenant_id,
+            file_ids=[record.id for record in checked.files.values()],
+            idempotency_key=idempotency_key,
+            body_sha256=body_sha256,
+        )
+    except BaseException:
+        shutil.rmtree(service.home.job(job_id), ignore_errors=True)
+        raise
+    if is_new:
+        service.wake()
+    else:
+        shutil.rmtree(service.home.job(job_id), ignore_errors=True)
+    return job
+
+
+def _file(service: Service, caller: Caller, role: str, file_id: str) -> FileRecord:
+    try:
+        record = service.store.files.get(file_id, caller.tenant_id)
+    except NotFoundError:
+        raise ConfigError(
+            f"there is no file {file_id[:128]!r}.",
+            param=role,
+            mend="Upload it to /v1/files and give the id it gets.",
+            code="file_not_found",
+        ) from None
+    if record.purpose != "fine-tune":
+        raise ConfigError(
+            f"file {file_id} has the purpose {record.purpose!r}.",
+            param=role,
+            mend='Upload it with the purpose "fine-tune".',
+            code="invalid_purpose",
+        )
+    return record
+
+
+def _check_rows(service: Service, files: dict[str, FileRecord]) -> None:
+    """Read small files line by line; large ones wait for the validation process."""
+    found = []
+    for role, record in files.items():
+        if record.bytes > service.settings.max_checked_bytes:
+            continue
+        problems = Problems(record.filename)
+        for _row in read_rows(Path(record.path), problems, _DATA_ROLES.get(role, "retention")):  # type: ignore[arg-type]
+            pass
+        found.append(problems)
+    raise_first(found)

@@ -1,0 +1,273 @@
+"""What can be refused before anything runs: contradictions in a weighting, and with the data it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from modeseek_ray.errors import ConfigError
+from modeseek_ray.weights import gamma as ways
+from modeseek_ray.weights.control import NEARER_WITH_GAMMA
+from modeseek_ray.weights.gamma import GAMMA_LIMIT
+from modeseek_ray.weights.likelihood import REAL_RATIOS
+from modeseek_ray.weights.registry import SIGNED
+from modeseek_ray.weights.weighting import Weighting, needs, uses_likelihood
+
+ROOT = "method.weighted"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a job at submission. None = not known yet, and then not checked."""
+
+    batch_size: int | None = None
+    has_rewards: bool | None = None  # a `reward` on some row, or a grader
+    has_log_behavior: bool | None = None  # the sampler's log-probabilities, or a behaviour model
+    samples_per_prompt: int | None = None  # of the prompt that has most
+    smallest_reward: float | None = None
+    inner_steps: int = 1  # optimizer steps on one batch
+    replay_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong, or worth knowing, with the path of the field and a way out."""
+
+    severity: Literal["error", "warning"]
+    code: str
+    param: str
+    message: str
+    mend: str
+
+    def error(self) -> ConfigError:
+        return ConfigError(self.message, mend=self.mend, param=self.param, code=self.code)
+
+
+def check_weighting(weighting: Weighting, facts: Facts | None = None) -> list[Problem]:
+    """All problems, errors first. Without facts, only those of the weighting itself."""
+    problems = _of_itself(weighting)
+    if facts is not None:
+        problems += _against_data(weighting, facts)
+    return sorted(problems, key=lambda problem: problem.severity == "warning")
+
+
+def refuse_impossible(weighting: Weighting) -> None:
+    """Raise the first error that needs no facts."""
+    for problem in _of_itself(weighting):
+        if problem.severity == "error":
+            raise problem.error()
+
+
+def _of_itself(weighting: Weighting) -> list[Problem]:
+    return [*_likelihood(weighting), *_reward(weighting), *_guards(weighting)]
+
+
+def _error(param: str, message: str, mend: str, code: str = "invalid_config") -> Problem:
+    return Problem("error", code, f"{ROOT}.{param}", message, mend)
+
+
+def _warning(param: str, code: str, message: str, mend: str) -> Problem:
+    return Problem("warning", code, f"{ROOT}.{param}", message, mend)
+
+
+def _largest_gamma(gamma: Any) -> tuple[str, float] | None:
+    """The largest gamma a setting can reach, and under which field."""
+    match gamma:
+        case ways.EssGamma():
+            return "gamma.ess.max", gamma.ess.max
+        case ways.PerSampleGamma():
+            return "gamma.per_sample.max", gamma.per_sample.max
+        case ways.ScheduleGamma():
+            schedule = gamma.schedule
+            name = max(("start", "end"), key=lambda field: getattr(schedule, field))
+            between = max((value for _, value in schedule.points or []), default=0.0)
+            most = getattr(schedule, name)
+            return ("gamma.schedule.points", between) if between > most else (f"gamma.schedule.{name}", most)
+        case ways.KlBudgetGamma():
+            return "gamma.kl_budget.max", gamma.kl_budget.max
+        case int() | float():
+            return "gamma", float(gamma)
+    return None
+
+
+def _likelihood(weighting: Weighting) -> Iterator[Problem]:
+    f = weighting.likelihood
+    of, gamma = getattr(f, "of", None), getattr(f, "gamma", None)
+    if of is None:
+        return
+    largest = _largest_gamma(gamma)
+    if largest is not None and of != "initial" and largest[1] > GAMMA_LIMIT:
+        field, value = largest
+        yield _error(
+            f"likelihood.{field}",
+            f"gamma {value:g} is above {GAMMA_LIMIT:g}.",
+            "Choose 0.3 to 0.7, or gamma: {ess: {floor: 0.3}}.",
+        )
+    if f.clip is not None and not 0 <= f.clip[0] < f.clip[1]:
+        yield _error("likelihood.clip", f"{list(f.clip)} is not a range.", "Give 0 <= low < high.")
+    if f.scheme == "linear" and of not in REAL_RATIOS:
+        yield _error(
+            "likelihood.of",
+            f"linear needs a real ratio; {of!r} is none.",
+            f"Choose {', '.join(REAL_RATIOS)}.",
+        )
+    first_order = getattr(f, "approximation", "exact") == "first_order"
+    if first_order and of != "policy_over_initial":
+        yield _error(
+            "likelihood.approximation",
+            "first_order uses the token ratios policy / initial.",
+            "Choose of: policy_over_initial, or approximation: exact.",
+        )
+    if first_order and f.length_exponent != 0:
+        yield _error(
+            "likelihood.length_exponent",
+            f"first_order approximates the sequence ratio, not its power 1/T^{f.length_exponent:g}.",
+            "Set length_exponent: 0, or approximation: exact.",
+        )
+    if isinstance(gamma, ways.PerSampleGamma) and (first_order or f.scheme != "ratio_power"):
+        yield _error(
+            "likelihood.gamma.per_sample",
+            "a gamma per sample needs exp(gamma L).",
+            "Choose scheme: ratio_power with approximation: exact.",
+        )
+    if isinstance(gamma, ways.KlBudgetGamma) and of not in NEARER_WITH_GAMMA:
+        yield _error(
+            "likelihood.gamma.kl_budget",
+            f"gamma does not steer the distance to the start with of: {of}.",
+            f"Choose of: {', '.join(NEARER_WITH_GAMMA)}.",
+        )
+    yield from _collapses(f, of, gamma)
+
+
+def _collapses(f: Any, of: str, gamma: Any) -> Iterator[Problem]:
+    fixed = float(gamma) if isinstance(gamma, int | float) else None
+    if of == "policy_over_data" and fixed == 1:
+        yield _warning(
+            "likelihood.gamma",
+            "zero_expected_gradient",
+            "policy_over_data at gamma 1 has zero expected gradient.",
+            "Choose gamma below 1.",
+        )
+    if of in ("policy", "policy_over_initial") and fixed is not None and fixed >= 1:
+        target = "mu" if of == "policy" else "mu/pi_0"
+        yield _warning(
+            "likelihood.gamma",
+            "collapse",
+            f"{of} at gamma {fixed:g} collapses to argmax {target}.",
+            "Choose gamma below 1, or stop early.",
+        )
+    if of in ("policy", "initial") and f.length_exponent < 1:
+        yield _warning(
+            "likelihood.length_exponent",
+            "length_filter",
+            f"{of} with length_exponent {f.length_exponent:g} filters by length: long answers lose.",
+            "Set length_exponent: 1.",
+        )
+
+
+def _reward(weighting: Weighting) -> Iterator[Problem]:
+    g, f = weighting.reward, weighting.likelihood
+    if g.scheme in SIGNED and uses_likelihood(weighting):
+        yield _error(
+            "likelihood.scheme",
+            f"{g.scheme} is used as it is: it takes no likelihood factor.",
+            "Set likelihood: {scheme: uniform}, or choose another reward scheme.",
+        )
+    if g.scheme == "preference" and g.scope == "batch":
+        yield _error(
+            "reward.scope",
+            "a pair is two answers to the same prompt.",
+            "Set scope: group.",
+        )
+    if g.scheme == "alpha" and getattr(f, "of", None) == "policy_over_data":
+        gamma = f.gamma
+        if isinstance(gamma, int | float) and abs(gamma - (1 - g.alpha)) < 1e-9:
+            yield _error(
+                "reward.alpha",
+                "alpha and policy_over_data at gamma = 1 - alpha have the same fixed point: it counts twice.",
+                "Drop one of them.",
+            )
+
+
+def _guards(weighting: Weighting) -> Iterator[Problem]:
+    guards = weighting.guards
+    if not weighting.normalise and guards.cap is not None and "cap" in guards.model_fields_set:
+        yield _error(
+            "guards.cap",
+            "the cap keeps a mean of one, which normalise: false gives up.",
+            "Drop guards.cap and use likelihood.clip, or set normalise: true.",
+        )
+
+
+def _against_data(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
+    g, wanted = weighting.reward, needs(weighting)
+    if "rewards" in wanted and facts.has_rewards is False:
+        yield _error(
+            "reward.scheme",
+            f"{g.scheme} needs rewards, and neither a row nor a grader gives any.",
+            "Add a `reward` field to the rows or a grader, or drop `reward`.",
+        )
+    if "behavior" in wanted and facts.has_log_behavior is False:
+        yield _error(
+            "likelihood.of",
+            "policy_over_data needs to know how likely the data were to their author.",
+            "Give `logprobs` with every row, or name a behavior_model, or choose another `of`.",
+        )
+    if g.scheme == "preference" and facts.replay_share > 0:
+        yield _error(
+            "training.replay_share",
+            "preference weights are made for pairs alone; replay rows are none.",
+            "Set it to 0, or use kl: {direction: forward} to stay near the start.",
+        )
+    if weighting.token.scheme == "psft" and facts.inner_steps == 1:
+        yield _error(
+            "token.scheme",
+            "psft compares with the start of the inner loop: with one inner step it is plain SFT.",
+            "Drop it, or choose dft.",
+        )
+    samples = facts.samples_per_prompt
+    if getattr(g, "scope", None) == "group" and samples is not None and samples < 2:
+        yield _error(
+            "reward.scope",
+            "no prompt has more than one sample: within its group every row gets weight 1.",
+            "Set scope: batch, or sample several answers per prompt.",
+        )
+    if g.scheme == "best_of_n" and samples is not None and samples < g.n:
+        yield _error(
+            "reward.n",
+            f"best of {g.n} from at most {samples} samples.",
+            f"Set reward.n to {samples} or less.",
+        )
+    if g.scheme == "linear" and facts.smallest_reward is not None and facts.smallest_reward < 0:
+        yield _error(
+            "reward.scheme",
+            f"linear needs rewards >= 0; the smallest is {facts.smallest_reward:g}.",
+            "Choose exponential, or shift the rewards.",
+        )
+    yield from _floors(weighting, facts)
+
+
+def _floors(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
+    """An ESS ratio never falls below 1 / (rows compared), so a floor down there does nothing."""
+    new_rows = (
+        None if facts.batch_size is None else max(1, round(facts.batch_size * (1 - facts.replay_share)))
+    )
+    gamma, beta = getattr(weighting.likelihood, "gamma", None), getattr(weighting.reward, "beta", None)
+    floors: list[tuple[str, float, int | None]] = []
+    if isinstance(gamma, ways.EssGamma):
+        floors.append(("likelihood.gamma.ess.floor", gamma.ess.floor, new_rows))
+    if isinstance(gamma, ways.PerSampleGamma):
+        floors.append(("likelihood.gamma.per_sample.floor", gamma.per_sample.floor, new_rows))
+    if isinstance(beta, ways.EssBeta):
+        scope, samples = weighting.reward.scope, facts.samples_per_prompt
+        by_group = scope == "group" or (scope == "auto" and samples is not None and samples > 1)
+        floors.append(("reward.beta.ess.floor", beta.ess.floor, samples if by_group else new_rows))
+    for param, floor, rows in floors:
+        if rows is not None and floor <= 1 / rows:
+            yield _error(
+                param,
+                f"a floor of {floor:g} cannot bind: over {rows} rows the ratio is at least {1 / rows:.3g}.",
+                "Raise the floor, or the number of rows (batch_size, samples per prompt).",
+                code="floor_cannot_bind",
+            )

@@ -1,0 +1,263 @@
+"""Two processes that play trainer ranks, kept for all tests: importing DeepSpeed takes seconds.
+
+What runs inside them is here, too, because they import it by name.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
+
+import numpy as np
+
+from actors.trainer import TrainerRank, TrainerSpec
+from modeseek_ray.data.batching import deal
+from modeseek_ray.types import FloatArray, IntArray, Sample, StepPlan
+from tests.conftest import find_free_port
+
+
+class Ranks:
+    """The processes. `start` begins a trainer of one or two ranks; `call` is a method on each of them."""
+
+    def __init__(self, count: int = 2) -> None:
+        # torch, transformers and DeepSpeed are imported once, in the server both are forked from.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["actors.policy", "tests.actors.ranks"])
+        self._count = count
+        self._fork()
+
+    def start(self, spec: TrainerSpec, world_size: int = 1) -> Trainer:
+        """A new trainer on the first `world_size` processes; the last one there must be closed."""
+        if self._stuck():
+            self.stop()
+            self._fork()
+        trainer = Trainer(self._pipes[:world_size])
+        port = find_free_port()
+        trainer.ask([(_build, (spec, rank, world_size, port)) for rank in range(world_size)])
+        trainer.info = trainer.each("setup")[0]
+        return trainer
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def _fork(self) -> None:
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for _ in range(self._count):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def _stuck(self) -> bool:
+        """Whether a process cannot begin anew: the others failed and left it in a collective."""
+        for pipe in self._pipes:
+            pipe.send((_is_free, ()))
+        return not all(pipe.poll(timeout=20) and pipe.recv() == (False, True) for pipe in self._pipes)
+
+
+class Trainer:
+    """What `actors.pools.TrainerPool` does, in a few lines and without asyncio."""
+
+    info: dict[str, Any]
+
+    def __init__(self, pipes: Sequence[Connection]) -> None:
+        self._pipes = pipes
+
+    def ask(self, requests: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+        for pipe, request in zip(self._pipes, requests, strict=True):
+            pipe.send(request)
+        answers: dict[Connection, Any] = {}
+        while len(answers) < len(self._pipes):
+            for pipe in cast("list[Connection]", wait([p for p in self._pipes if p not in answers])):
+                failed, answers[pipe] = pipe.recv()
+                if failed:
+                    self._take_other_answers(answers)
+                    raise answers[pipe]
+        return [answers[pipe] for pipe in self._pipes]
+
+    def _take_other_answers(self, answers: dict[Connection, Any]) -> None:
+        """Or they would be taken for those of the next call. A rank left alone in a collective has none."""
+        for pipe in self._pipes:
+            if pipe not in answers and pipe.poll(timeout=20):
+                pipe.recv()
+
+    def each(self, method: str, *args: Any) -> list[Any]:
+        """The same call on every rank."""
+        return self.ask([(_call, (method, *args))] * len(self._pipes))
+
+    def inside(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(rank, *args)` inside every rank."""
+        return self.ask([(function, args)] * len(self._pipes))
+
+    def split(self, samples: Sequence[Sample]) -> list[IntArray]:
+        return deal(np.array([s.length for s in samples]), len(self._pipes))
+
+    def per_sample(self, method: str, samples: Sequence[Sample], *args: Any) -> list[tuple[IntArray, Any]]:
+        """A call on samples dealt out to the ranks: the indices each got, and what it answered."""
+        shares = self.split(samples)
+        requests = [(_call, (method, [(0, int(i)) for i in share], *args, list(samples))) for share in shares]
+        return list(zip(shares, self.ask(requests), strict=True))
+
+    def score(self, samples: Sequence[Sample], method: str = "score") -> FloatArray:
+        log_prob_N = np.empty(len(samples))
+        for share, part in self.per_sample(method, samples):
+            log_prob_N[share] = part
+        return log_prob_N
+
+    def step(self, samples: Sequence[Sample], plan: StepPlan) -> list[Any]:
+        """The ranks' reports."""
+        requests = []
+        for share in self.split(samples):
+            own = StepPlan(**{**vars(plan), "values_N": plan.values_N[share]})
+            requests.append((_call, ("step", [(0, int(i)) for i in share], own, list(samples))))
+        return self.ask(requests)
+
+    def loss(self, samples: Sequence[Sample], plan: StepPlan) -> float:
+        return sum(report.loss for report in self.step(samples, plan))
+
+    def sha256(self) -> str:
+        hashes = set(self.each("weights_sha256"))
+        assert len(hashes) == 1, "ranks disagree about the weights"
+        return hashes.pop()
+
+    def close(self) -> None:
+        """Close every rank that still answers; `Ranks.start` replaces the others."""
+        for pipe in self._pipes:
+            pipe.send((_call, ("close",)))
+        for pipe in self._pipes:
+            if pipe.poll(timeout=20):
+                pipe.recv()
+
+
+Start = Callable[..., Trainer]
+
+
+def plan_for(
+    samples: Sequence[Sample],
+    values_N: np.ndarray | None = None,
+    *,
+    step: int = 0,
+    rate: float = 1e-3,
+    **more: Any,
+) -> StepPlan:
+    num_tokens = sum(s.num_tokens for s in samples)
+    values = np.ones(len(samples)) if values_N is None else values_N
+    return StepPlan(step=step, values_N=values, denominator=float(num_tokens), learning_rate=rate, **more)
+
+
+def relative_difference(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
+    """Norm of the difference over norm, all parameters as one vector."""
+    assert first.keys() == second.keys()
+    off = sum(float(((first[n] - second[n]) ** 2).sum()) for n in first)
+    size = sum(float((first[n] ** 2).sum()) for n in first)
+    return float(np.sqrt(off / size))
+
+
+# --- inside the processes
+
+_rank: TrainerRank | None = None
+
+
+def _serve(pipe: Connection) -> None:
+    while (request := pipe.recv()) is not None:
+        function, args = request
+        try:
+            target = () if function is _build else (_rank,)
+            pipe.send((False, function(*target, *args)))
+        except Exception as error:  # the test raises it
+            pipe.send((True, error))
+
+
+def _is_free(rank: TrainerRank | None) -> bool:
+    import torch
+
+    return not torch.distributed.is_initialized()
+
+
+def _build(spec: TrainerSpec, rank: int, world_size: int, port: int) -> None:
+    global _rank
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    # ZeRO-3 numbers modules and parameters within a process and compares the numbers between ranks:
+    # these processes have different pasts, a job's do not.
+    Init.param_id = 0
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ = ([0],)
+    _rank = TrainerRank(spec, rank, world_size, "127.0.0.1", port)
+
+
+def _call(rank: TrainerRank, method: str, *args: Any) -> Any:
+    return getattr(rank, method)(*args)
+
+
+def capture_gradients(rank: TrainerRank) -> None:
+    """From now on the gradient of each step is kept, as it is right before the optimizer reads it."""
+    from deepspeed.utils import safe_get_full_grad
+
+    policy = rank._ready()
+    engine = policy.engine
+    take = engine.step
+
+    def gradient(parameter: Any) -> Any:
+        return parameter.grad if engine.zero_stage == 0 else safe_get_full_grad(parameter)
+
+    def step(learning_rate: float) -> float:
+        policy.captured = {  # type: ignore[attr-defined]
+            name: gradient(parameter).detach().double().numpy().copy()
+            for name, parameter in policy._module.model.named_parameters()
+            if parameter.requires_grad
+        }
+        return take(learning_rate)
+
+    engine.step = step  # type: ignore[method-assign]
+
+
+def captured_gradients(rank: TrainerRank) -> dict[str, np.ndarray]:
+    captured: dict[str, np.ndarray] = rank._ready().captured  # type: ignore[attr-defined]
+    return captured
+
+
+def parameters(rank: TrainerRank) -> dict[str, np.ndarray]:
+    policy = rank._ready()
+    return {
+        name: tensor.float().numpy().copy() for name, tensor in policy.engine.parameters(policy._module.model)
+    }
+
+
+def partition_status(rank: TrainerRank) -> list[str]:
+    """ZeRO-3's word on every parameter: NOT_AVAILABLE where this process holds a part only."""
+    parameters: Any = rank._ready()._module.parameters()
+    return [p.ds_status.name for p in parameters]
+
+
+def rotary_frequencies(rank: TrainerRank) -> np.ndarray:
+    frequencies: np.ndarray = rank._ready()._module.backbone.rotary_emb.inv_freq.double().numpy()  # type: ignore[operator, union-attr]
+    return frequencies
+
+
+def recomputes(rank: TrainerRank) -> bool:
+    """Whether gradient checkpointing is on."""
+    return bool(rank._ready()._module.model.is_gradient_checkpointing)
+
+
+def poison(rank: TrainerRank, token_id: int) -> None:
+    """Put a NaN into a token's embedding."""
+    import torch
+
+    backbone: Any = rank._ready()._module.backbone
+    backbone.get_input_embeddings().weight.data[token_id, 0] = torch.nan
+
+
+def draws(rank: TrainerRank) -> tuple[float, float, float]:
+    """One number from each random generator."""
+    import random
+
+    import torch
+
+    return float(torch.rand(())), float(np.random.random()), random.random()

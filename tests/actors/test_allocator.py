@@ -1,0 +1,34 @@
+"""Freed memory goes back to the operating system."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+# 128 blocks of 1 MiB, below the limit from which glibc maps a block on its own; one of 256 KiB on top
+# of them keeps the heap from shrinking by itself.
+MEASURE = """
+import ctypes
+from actors.allocator import return_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+def resident_mib():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+blocks = [libc.malloc(2**20) for _ in range(128)]
+for block in blocks:
+    ctypes.memset(block, 1, 2**20)
+top = libc.malloc(2**18)
+for block in blocks:
+    libc.free(block)
+before = resident_mib()
+return_freed_memory()
+print(before - resident_mib())
+"""
+
+
+def test_a_heap_with_holes_shrinks() -> None:
+    result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    expected = 100 if platform.libc_ver()[0] == "glibc" else -1
+    assert float(result.stdout) > expected

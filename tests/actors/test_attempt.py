@@ -1,0 +1,163 @@
+"""Whole attempts, from files to a checked export: in this process, and on Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors import attempt as attempt_module
+from actors.attempt import Attempt, AttemptResult, AttemptSpec, Placement
+from actors.journal import CallbackSink, ResultJournal
+from actors.local import LocalPlacement
+from modeseek_ray.config import parse_config
+from modeseek_ray.errors import ConfigError, NumericsError
+from modeseek_ray.reports.results import read_job, read_metrics
+
+ANCHORED = {
+    "likelihood": {"scheme": "ratio_power", "of": "initial_over_policy", "gamma": {"ess": {"floor": 0.5}}}
+}
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Twelve rows of unequal length to train on, four to keep. Rows of one prompt do not stand together."""
+    directory = tmp_path_factory.mktemp("data")
+    letters = "abcdefghijkl"
+    training = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {c}"},
+                {"role": "assistant", "content": c * (1 + j % 5)},
+            ],
+            "group": j % 6,
+        }
+        for j, c in enumerate(letters)
+    ]
+    retention = [
+        {"prompt": f"{c} then", "completion": f" {c}{c}", "task": "twice", "accept": []} for c in "wxyz"
+    ]
+    paths = {"training_file": directory / "train.jsonl", "retention_file": directory / "old.jsonl"}
+    for path, rows in zip(paths.values(), (training, retention), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
+def _spec(
+    model: Path, files: Mapping[str, Path], out: Path, weighting: Any = None, **resources: Any
+) -> AttemptSpec:
+    training = {
+        "epochs": 2,
+        "batch_size": 4,
+        "learning_rate": 0.01,
+        "evaluate_every": 3,
+        "checkpoint_every": 2,
+    }
+    config = parse_config(
+        {
+            "model": str(model),
+            **{role: str(path) for role, path in files.items()},
+            "method": {"type": "weighted", "weighted": {**(weighting or {}), "training": training}},
+            "resources": resources,
+        }
+    )
+    return AttemptSpec("job", 1, config, files, model, out, out / "cache")
+
+
+def _run(spec: AttemptSpec, placement: Placement | None = None, on_event: Any = None) -> AttemptResult:
+    sink = CallbackSink(on_event or (lambda event: None))
+    journal = ResultJournal(spec.directory / "results", sink)
+    return asyncio.run(Attempt(spec, placement or LocalPlacement(), journal).run())
+
+
+def _losses(spec: AttemptSpec) -> list[float]:
+    return read_metrics(spec.directory / "results").known("loss")[1].tolist()
+
+
+def test_a_job_leaves_a_model_figures_and_a_report(
+    tiny_dense: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = _spec(tiny_dense, files, tmp_path, ANCHORED)
+    result = _run(spec)
+    assert result.model_path is not None and (result.model_path / "model.safetensors").is_file()
+    assert {path.name for path in result.result_files} == {"metrics.csv", "weights.parquet", "report.html"}
+    metrics = read_metrics(tmp_path / "results")
+    assert metrics.step_S.tolist() == list(range(STEPS + 1))
+    assert metrics.first("retention.kl_nats") == pytest.approx(0, abs=1e-9)
+    assert metrics.last("retention.kl_nats") > 0
+    assert metrics.last("gamma") > 0
+    record = read_job(tmp_path / "results")
+    assert (record.status, record.weights_sha256) == ("succeeded", result.weights_sha256)
+
+
+def test_gamma_zero_is_plain_fine_tuning_bit_for_bit(
+    tiny_moe: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = _run(_spec(tiny_moe, files, tmp_path / "sft"))
+    zero = {"likelihood": {"scheme": "ratio_power", "of": "policy_over_initial", "gamma": 0.0}}
+    weighted = _run(_spec(tiny_moe, files, tmp_path / "zero", zero))
+    assert weighted.weights_sha256 == plain.weights_sha256
+
+
+def test_an_attempt_that_was_stopped_ends_with_the_same_bits(
+    tiny_dense: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    whole = _spec(tiny_dense, files, tmp_path / "whole", ANCHORED)
+    expected = _run(whole)
+
+    class Crash(Exception):
+        """Between two checkpoints."""
+
+    def crash_at_three(event: Mapping[str, Any]) -> None:
+        if event["data"].get("step") == 3 and "loss" in event["data"]:
+            raise Crash
+
+    broken = _spec(tiny_dense, files, tmp_path / "broken", ANCHORED)
+    with pytest.raises(Crash):
+        _run(broken, on_event=crash_at_three)
+    assert _run(broken).weights_sha256 == expected.weights_sha256
+    assert _losses(broken) == _losses(whole)
+
+
+def test_an_export_that_differs_is_no_success(
+    tiny_dense: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    real_export = attempt_module.TrainerPool.export
+
+    async def corrupting(self: Any, directory: Path) -> None:
+        await real_export(self, directory)
+        tensors = load_file(directory / "model.safetensors")
+        name = next(n for n in tensors if n.endswith("down_proj.weight"))
+        save_file({**tensors, name: tensors[name] * np.float32(1.5)}, directory / "model.safetensors")
+
+    monkeypatch.setattr(attempt_module.TrainerPool, "export", corrupting)
+    with pytest.raises(NumericsError, match="exported model's log-probabilities differ"):
+        _run(_spec(tiny_dense, files, tmp_path))
+
+
+def test_local_mode_has_one_trainer(tiny_dense: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--local has one trainer"):
+        _run(_spec(tiny_dense, files, tmp_path, trainers=2))
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_job(
+    ray_cluster: Any, tiny_moe: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """One rank: the same bits as in this process. Two ranks: the same losses to rounding."""
+    from actors.cluster import RayPlacement
+
+    local = _spec(tiny_moe, files, tmp_path / "local", ANCHORED)
+    one = _spec(tiny_moe, files, tmp_path / "one", ANCHORED)
+    two = _spec(tiny_moe, files, tmp_path / "two", ANCHORED, trainers=2, scorers=2)
+    assert _run(one, RayPlacement(one.config.resources)).weights_sha256 == _run(local).weights_sha256
+    _run(two, RayPlacement(two.config.resources))
+    assert _losses(two) == pytest.approx(_losses(local), rel=1e-5)

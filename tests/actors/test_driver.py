@@ -1,0 +1,206 @@
+"""The loop against small fakes of its roles: what is asked, in which order, and what is remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.driver import Driver, Plan
+from modeseek_ray.data.auto import ResolvedTraining
+from modeseek_ray.errors import NumericsError
+from modeseek_ray.types import EvalReport, Group, Handle, StepPlan, StepReport
+from modeseek_ray.weights import Weighting
+
+MODE_SEEKING = {
+    "likelihood": {"scheme": "ratio_power", "of": "policy_over_initial", "gamma": 0.5, "length_exponent": 0.0}
+}
+
+
+class FourBatches:
+    """Four batches of two one-sample groups; remembers how many were handed out."""
+
+    def __init__(self) -> None:
+        self.handed = 0
+
+    async def __aiter__(self) -> Any:
+        while self.handed < 4:
+            self.handed += 1
+            yield [_group(2 * self.handed + j) for j in range(2)]
+
+    def state(self) -> Mapping[str, Any]:
+        return {"handed": self.handed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.handed = state["handed"]
+
+
+class FakeTrainer:
+    """Answers what a policy would, and writes down what it was asked."""
+
+    def __init__(self, loss: float = 1.0) -> None:
+        self.calls: list[str] = []
+        self.plans: list[StepPlan] = []
+        self.loss = loss
+
+    async def remember_start(self, retention: Sequence[Group]) -> None:
+        self.calls.append("remember_start")
+
+    async def score(self, groups: Sequence[Group]) -> list[Group]:
+        """The start itself before the first step, then log ratios 0 and 1."""
+        self.calls.append("score")
+        moved = "step" in self.calls
+        return [g.with_columns(log_policy_N=np.array([float(j * moved)])) for j, g in enumerate(groups)]
+
+    async def step(self, groups: Sequence[Group], plan: StepPlan) -> StepReport:
+        self.calls.append("step")
+        self.plans.append(plan)
+        return StepReport(plan.step, self.loss, 1.0, 0.5, 1.0, plan.learning_rate, num_tokens=6)
+
+    async def evaluate(self, groups: Sequence[Group], *, kl: bool = False) -> EvalReport:
+        self.calls.append(f"evaluate{'+kl' if kl else ''}")
+        return EvalReport(nll=1.0, token_accuracy=0.5, num_tokens=6)
+
+    async def save(self, directory: Path) -> None:
+        self.calls.append("save")
+
+    async def load(self, directory: Path) -> None:
+        self.calls.append("load")
+
+
+class FakeJournal:
+    def __init__(self, stop_at: int | None = None, wanted: str = "cancel") -> None:
+        self.steps: list[int] = []
+        self.weights: list[np.ndarray] = []
+        self.asked = 0
+        self.stop_at = stop_at
+        self.wanted = wanted
+
+    async def message(self, text: str, **_: Any) -> None: ...
+
+    async def section(self, name: str, *, deadline_s: float) -> None: ...
+
+    async def record(self, step: int, groups: Any, weights: Any, report: Any, total_steps: int) -> None:
+        self.steps.append(step)
+        self.weights.append(weights.values_N)
+
+    async def evaluated(self, step: int, reports: Any) -> None: ...
+
+    async def checkpoint(self, step: int, directory: Path, metrics: Any) -> None: ...
+
+    async def desired(self) -> str:
+        self.asked += 1
+        return self.wanted if self.stop_at is not None and self.asked > self.stop_at else "run"
+
+
+class MemoryCheckpoints:
+    def __init__(self) -> None:
+        self.saved: dict[Path, dict[str, Any]] = {}
+
+    def begin(self, step: int, attempt: int) -> Path:
+        return Path(f"step-{step}.a{attempt}")
+
+    def finish(self, directory: Path, controller: Mapping[str, Any]) -> Path:
+        self.saved[directory] = dict(controller)
+        return directory
+
+    def latest(self) -> Path | None:
+        return max(self.saved, key=lambda p: self.saved[p]["step"], default=None)
+
+    def read_controller(self, directory: Path) -> dict[str, Any]:
+        return dict(self.saved[directory])
+
+
+def _group(row: int) -> Group:
+    return Group(
+        prompt=row, row_N=np.array([row]), num_tokens_N=np.array([3]), length_N=np.array([5]),
+        payload=Handle([], np.array([0])), prior_N=np.ones(1), log_reference_N=np.zeros(1),
+    )  # fmt: skip
+
+
+def _plan(weighting: Mapping[str, Any] | None = None, **changes: Any) -> Plan:
+    training = ResolvedTraining(**{**_training(), **changes})
+    return Plan(Weighting.model_validate(weighting or {}), training, total_steps=4)
+
+
+def _training() -> dict[str, Any]:
+    from modeseek_ray.config import Training
+    from modeseek_ray.data.auto import resolve_training
+
+    asked = Training(epochs=1, batch_size=2, learning_rate=0.1, evaluate_every=2, checkpoint_every=2)
+    resolved, _ = resolve_training(asked, num_rows=8, num_parameters=10, has_lora=False)
+    return vars(resolved)
+
+
+def _driver(
+    plan: Plan, *, trainer: FakeTrainer, journal: FakeJournal, checkpoints: Any = None, **more: Any
+) -> Driver:
+    return Driver(plan, FourBatches(), trainer, journal, checkpoints or MemoryCheckpoints(), **more)  # type: ignore[arg-type]
+
+
+async def test_plain_fine_tuning_costs_no_scoring_pass() -> None:
+    trainer, journal = FakeTrainer(), FakeJournal()
+    outcome = await _driver(
+        _plan(), trainer=trainer, journal=journal, probes={"retention": [_group(0)]}
+    ).run()
+    assert trainer.calls == [
+        "remember_start", "evaluate+kl", "step", "step", "evaluate+kl", "save", "step", "step", "evaluate+kl", "save",
+    ]  # fmt: skip
+    assert all(np.array_equal(w, np.ones(2)) for w in journal.weights)
+    assert (outcome.ended, outcome.state.step, outcome.state.trained_tokens) == ("run", 4, 24)
+    assert [p.denominator for p in trainer.plans] == [6.0] * 4
+
+
+async def test_a_weighting_that_looks_at_the_policy_scores_before_each_step() -> None:
+    trainer, journal = FakeTrainer(), FakeJournal()
+    await _driver(_plan(MODE_SEEKING), trainer=trainer, journal=journal).run()
+    assert trainer.calls[:4] == ["score", "step", "score", "step"]
+    assert journal.weights[0].tolist() == [1.0, 1.0]
+    u_N = np.exp([0.0, 0.5])  # log ratios 0 and 1 at gamma 1/2, mean one
+    assert journal.weights[1] == pytest.approx(2 * u_N / u_N.sum())
+
+
+async def test_a_resumed_attempt_goes_on_where_the_checkpoint_stands() -> None:
+    checkpoints, first = MemoryCheckpoints(), FakeTrainer()
+    stopped = FakeJournal(stop_at=3)
+    outcome = await _driver(_plan(), trainer=first, journal=stopped, checkpoints=checkpoints).run()
+    assert (outcome.ended, stopped.steps) == ("cancel", [1, 2, 3])
+    second, journal = FakeTrainer(), FakeJournal()
+    outcome = await _driver(_plan(), trainer=second, journal=journal, checkpoints=checkpoints).run()
+    assert second.calls[0] == "load"
+    assert (journal.steps, outcome.state.step) == ([3, 4], 4)
+    assert [p.step for p in second.plans] == [2, 3]
+
+
+async def test_a_pause_saves_what_was_trained() -> None:
+    checkpoints, trainer = MemoryCheckpoints(), FakeTrainer()
+    journal = FakeJournal(stop_at=1, wanted="pause")
+    outcome = await _driver(_plan(), trainer=trainer, journal=journal, checkpoints=checkpoints).run()
+    assert outcome.ended == "pause"
+    assert [c["step"] for c in checkpoints.saved.values()] == [1]
+    assert next(iter(checkpoints.saved.values()))["cursor"] == {"handed": 1}
+
+
+async def test_a_loss_that_is_not_a_number_stops_the_job() -> None:
+    with pytest.raises(NumericsError, match="step 0: the loss is nan"):
+        await _driver(_plan(), trainer=FakeTrainer(loss=float("nan")), journal=FakeJournal()).run()
+
+
+async def test_a_kl_budget_steers_the_coefficient_and_survives_a_pause() -> None:
+    """Twice the budget at rate .1: the coefficient grows by a tenth per step."""
+
+    class Measuring(FakeTrainer):
+        async def step(self, groups: Sequence[Group], plan: StepPlan) -> StepReport:
+            return dataclasses.replace(await super().step(groups, plan), kl_nats=0.2)
+
+    plan = _plan({"kl": {"direction": "forward", "coefficient": 1.0, "budget": {"nats": 0.1}}})
+    checkpoints, first, second = MemoryCheckpoints(), Measuring(), Measuring()
+    pausing = FakeJournal(stop_at=2, wanted="pause")
+    await _driver(plan, trainer=first, journal=pausing, checkpoints=checkpoints).run()
+    await _driver(plan, trainer=second, journal=FakeJournal(), checkpoints=checkpoints).run()
+    coefficients = [p.kl_coefficient for p in (*first.plans, *second.plans)]
+    assert coefficients == pytest.approx([1.0, 1.1, 1.21, 1.331])

@@ -1,0 +1,138 @@
+"""Delivery of events: once, in order, through absences of the service; and the end of a lost lease."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors import http_sink
+from actors.http_sink import HttpSink, LeaseLost
+from modeseek_ray.errors import ServiceError
+
+
+class FlakyService:
+    """Stores events by number, as the service does; fails the first `failures` calls of each kind."""
+
+    def __init__(self, failures: int = 0, code: str = "unreachable", http_status: int = 503) -> None:
+        self.stored: dict[int, Mapping[str, Any]] = {}
+        self.checkpoints: list[int] = []
+        self.pruned: list[str] = []
+        self.history: list[str] = []
+        self._left = {"events": failures, "checkpoint": failures, "transition": failures}
+        self._error = (code, http_status)
+
+    def _maybe_fail(self, kind: str) -> None:
+        if self._left.get(kind, 0) > 0:
+            self._left[kind] -= 1
+            code, status = self._error
+            raise ServiceError("away.", code=code, http_status=status)
+
+    async def events(self, events: Sequence[Mapping[str, Any]]) -> int:
+        self._maybe_fail("events")
+        for event in events:
+            self.stored.setdefault(event["seq"], event)
+        self.history.append("events")
+        return max(self.stored)
+
+    async def checkpoint(self, step: int, path: str, metrics: Mapping[str, Any]) -> None:
+        self._maybe_fail("checkpoint")
+        self.checkpoints.append(step)
+        self.history.append("checkpoint")
+
+    async def prune(self, path: str) -> None:
+        self.pruned.append(path)
+
+    async def transition(self, to: str, **details: Any) -> None:
+        self._maybe_fail("transition")
+        self.history.append(to)
+
+    async def heartbeat(self, progress: Mapping[str, Any]) -> str:
+        return "cancel"
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_sink, "RETRY_S", 0.0)
+    monkeypatch.setattr(http_sink, "FLUSH_S", 0.01)
+    monkeypatch.setattr(http_sink, "HEARTBEAT_S", 0.01)
+
+
+def _sink(service: FlakyService, tmp_path: Path) -> HttpSink:
+    return HttpSink(service, tmp_path / "spool.jsonl")  # type: ignore[arg-type]
+
+
+def _emit(sink: HttpSink, count: int) -> None:
+    for j in range(count):
+        sink.emit({"type": "metrics", "level": "info", "message": f"{j}", "created_at": 0.0, "data": {}})
+
+
+async def test_events_arrive_once_and_in_order_though_calls_fail(tmp_path: Path) -> None:
+    service = FlakyService(failures=3)
+    sink = _sink(service, tmp_path)
+    _emit(sink, 5)
+    await sink.transition("running")
+    assert [service.stored[seq]["message"] for seq in sorted(service.stored)] == ["0", "1", "2", "3", "4"]
+    assert service.history == ["events", "running"]
+    assert len((tmp_path / "spool.jsonl").read_text().splitlines()) == 5
+
+
+async def test_an_answer_that_was_lost_doubles_nothing(tmp_path: Path) -> None:
+    class Forgetful(FlakyService):
+        """Stores, and then its first answer is lost on the way."""
+
+        async def events(self, events: Sequence[Mapping[str, Any]]) -> int:
+            acknowledged = await super().events(events)
+            self._left["events"] = 0
+            if self.history.count("events") == 1:
+                raise ServiceError("connection reset.", http_status=503)
+            return acknowledged
+
+    service = Forgetful()
+    sink = _sink(service, tmp_path)
+    _emit(sink, 3)
+    await sink.transition("running")
+    assert sorted(service.stored) == [1, 2, 3]
+
+
+async def test_a_checkpoint_is_committed_after_the_events_before_it(tmp_path: Path) -> None:
+    service = FlakyService()
+    sink = _sink(service, tmp_path)
+    kept, gone = tmp_path / "step-2.a1", tmp_path / "step-1.a1"
+    kept.mkdir()
+    _emit(sink, 1)
+    await sink.checkpoint(1, gone, {})
+    await sink.checkpoint(2, kept, {})
+    assert service.history == ["events", "checkpoint", "checkpoint"]
+    assert service.pruned == [str(gone)]
+
+
+async def test_a_stale_fence_ends_the_attempt_at_once(tmp_path: Path) -> None:
+    sink = _sink(FlakyService(failures=1, code="stale_fence", http_status=403), tmp_path)
+    _emit(sink, 1)
+    with pytest.raises(LeaseLost):
+        await sink.transition("running")
+    await sink.lost()
+
+
+async def test_silence_ends_the_attempt_when_the_lease_has_run_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = _sink(FlakyService(failures=10**6), tmp_path)
+    monkeypatch.setattr(http_sink, "LEASE_S", 0.0)
+    _emit(sink, 1)
+    with pytest.raises(LeaseLost):
+        await sink.transition("running")
+
+
+async def test_the_heartbeat_brings_what_the_user_wants(tmp_path: Path) -> None:
+    sink = _sink(FlakyService(), tmp_path)
+    assert sink.desired() == "run"
+    sink.start()
+    while sink.desired() == "run":
+        await asyncio.sleep(0.005)
+    assert sink.desired() == "cancel"
+    await sink.close()

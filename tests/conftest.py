@@ -1,0 +1,176 @@
+"""What tests share: small models, the playground, one Ray cluster, free ports.
+
+The environment is set here, before anything heavy is imported, so that a bare `pytest` sees the
+same machine as `make test`: CPU only, no downloads, one thread per process (tests start many).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+@pytest.fixture(scope="session")
+def modeseek_home() -> Path:
+    """Where the playground's models are cached between runs."""
+    home = Path(os.environ.get("MODESEEK_HOME", Path.home() / ".modeseek"))
+    home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
+@pytest.fixture(scope="session")
+def playground_moe(modeseek_home: Path) -> Path:
+    """The playground's MoE model: a Hugging Face directory. Built (minutes) where it is not cached."""
+    return _playground("moe", modeseek_home)
+
+
+@pytest.fixture(scope="session")
+def playground_dense(modeseek_home: Path) -> Path:
+    """The playground's dense model."""
+    return _playground("dense", modeseek_home)
+
+
+def _playground(kind: str, home: Path) -> Path:
+    """Built in a process of its own, with all the machine's threads; `make test` has done so before."""
+    from modeseek_ray.playground import locate
+
+    found = locate(kind, home)
+    if found is None:
+        command = [sys.executable, "-m", "modeseek_ray.playground", kind, "--home", str(home), "--quiet"]
+        threads = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        subprocess.run(command, check=True, env=threads)
+        found = locate(kind, home)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE: 2 layers, 4 experts of which 2 are asked, width 32, byte-level tokenizer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return _save_tiny(
+        tmp_path_factory.mktemp("tiny") / "moe",
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3: 2 layers, width 32, byte-level tokenizer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return _save_tiny(tmp_path_factory.mktemp("tiny") / "dense", Qwen3Config, Qwen3ForCausalLM)
+
+
+def _save_tiny(directory: Path, config_class: Any, model_class: Any, **more: Any) -> Path:
+    import torch
+
+    tokenizer = byte_tokenizer()
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        dtype="float32",
+        **more,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model_class(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def byte_tokenizer() -> Any:
+    """One token per byte, five special tokens, a chat template: 261 entries, nothing learnt."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=SPECIAL_TOKENS[2:],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=256,
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One Ray for the whole run: eight CPUs on paper (the cores are over-committed), token authentication."""
+    import ray
+
+    token = tmp_path_factory.mktemp("ray") / "token"
+    token.touch(mode=0o600)
+    token.write_text("0123456789abcdef" * 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """A function that names a TCP port nobody listens on now. Use it at once: nothing reserves it."""
+    return find_free_port
+
+
+def find_free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,80 @@
+"""One real service for all end-to-end tests: `modeseek serve` in a process of its own, Ray under it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+START_DEADLINE_S = 120
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service: where it is, where its state lies, and its process."""
+
+    url: str
+    home: Path
+    pid: int
+
+    def family(self) -> list[psutil.Process]:
+        """Everything that runs because of it, Ray's head (its own session) included."""
+        return psutil.Process(self.pid).children(recursive=True)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, playground_moe: Path) -> Iterator[Service]:
+    home = tmp_path_factory.mktemp("home")
+    with RunningService(home, root=playground_moe.parents[1]) as running:
+        yield running
+
+
+class RunningService:
+    """`with RunningService(home, root=…) as service:`; interrupted (Ctrl-C) at the end."""
+
+    def __init__(self, home: Path, *, root: Path) -> None:
+        self._home = home
+        self._root = root
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Service:
+        from tests.conftest import find_free_port
+
+        port = find_free_port()
+        log = (self._home / "serve.log").open("ab")
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "actors.main", "serve", "--port", str(port)),
+                *("--home", str(self._home), "--root", str(self._root)),
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH")},
+            start_new_session=True,
+        )
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + START_DEADLINE_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, (self._home / "serve.log").read_text()
+            try:
+                urllib.request.urlopen(f"{url}/readyz", timeout=5).close()
+                return Service(url, self._home, self.process.pid)
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.3)
+        raise AssertionError((self._home / "serve.log").read_text())
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(60)

@@ -1,0 +1,48 @@
+"""What `modeseek serve` leaves behind when it is interrupted in the middle of a job: nothing but its state."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from modeseek_ray.client import Client
+from modeseek_ray.playground import data_files
+from tests.e2e.conftest import RunningService
+
+
+def _processes_of(home: Path) -> list[str]:
+    """Every live process that names this service's home: the service, Ray, drivers."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            command = " ".join(process.cmdline())
+            if str(home) in command or str(home) in process.environ().get("RAY_AUTH_TOKEN_PATH", ""):
+                found.append(command[:200])
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_an_interrupted_service_ends_everything_and_goes_on_when_started_again(
+    tmp_path: Path, playground_moe: Path, modeseek_home: Path
+) -> None:
+    training = {"epochs": 1, "batch_size": 16, "max_steps": 40, "checkpoint_every": 5}
+    with RunningService(tmp_path, root=playground_moe.parents[1]) as service, Client(service.url) as client:
+        file = client.upload(data_files(modeseek_home)["new-task.train"])["id"]
+        method = {"type": "supervised", "supervised": {"training": training}}
+        job = client.submit({"model": str(playground_moe), "training_file": file, "method": method})["id"]
+        while not client.checkpoints(job):
+            assert client.job(job)["status"] != "failed"
+            time.sleep(0.2)
+        assert _processes_of(tmp_path)
+    assert _processes_of(tmp_path) == []
+    with RunningService(tmp_path, root=playground_moe.parents[1]) as service, Client(service.url) as client:
+        ended = client.wait(job, timeout_s=400)
+        steps = [e["data"]["step"] for e in client.events(job) if "loss" in (e["data"] or {})]
+    assert ended["status"] == "succeeded"
+    # At most `checkpoint_every` steps were trained twice.
+    assert sorted(set(steps)) == list(range(1, 41)) and len(steps) <= 40 + training["checkpoint_every"]

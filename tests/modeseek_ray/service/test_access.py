@@ -1,0 +1,148 @@
+"""Who is let in, and what the internal routes believe."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from modeseek_ray.client import AttemptClient
+from modeseek_ray.errors import ServiceError
+from modeseek_ray.jobs.store import Store
+from modeseek_ray.service.context import is_loopback
+from modeseek_ray.service.serve import check_exposure
+
+USER_ROUTES = [
+    ("GET", "/v1/files"),
+    ("POST", "/v1/files"),
+    ("GET", "/v1/files/{file}"),
+    ("GET", "/v1/files/{file}/content"),
+    ("DELETE", "/v1/files/{file}"),
+    ("GET", "/v1/fine_tuning/jobs"),
+    ("POST", "/v1/fine_tuning/jobs"),
+    ("POST", "/v1/fine_tuning/jobs/validate"),
+    ("GET", "/v1/fine_tuning/validations/{check}"),
+    ("GET", "/v1/fine_tuning/jobs/{job}"),
+    ("POST", "/v1/fine_tuning/jobs/{job}/cancel"),
+    ("GET", "/v1/fine_tuning/jobs/{job}/events"),
+    ("GET", "/v1/fine_tuning/jobs/{job}/checkpoints"),
+    ("GET", "/v1/fine_tuning/jobs/{job}/weights"),
+    ("GET", "/v1/fine_tuning/jobs/{job}/report"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/x"),
+    ("DELETE", "/v1/models/x"),
+]
+
+
+def test_the_list_of_routes_is_complete(service: Any) -> None:
+    with service.http() as http:
+        paths = http.get("/openapi.json").json()["paths"]
+    described = {
+        (method.upper(), path) for path, item in paths.items() for method in item if path.startswith("/v1")
+    }
+    names = {
+        "{file}": "{file_id}",
+        "{job}": "{job_id}",
+        "{check}": "{validation_id}",
+        "/models/x": "/models/{name}",
+    }
+    listed = set()
+    for method, path in USER_ROUTES:
+        for ours, theirs in names.items():
+            path = path.replace(ours, theirs)
+        listed.add((method, path))
+    assert listed == described
+
+
+def test_with_keys_every_route_needs_one(start_service: Any) -> None:
+    service = start_service()
+    file_id, job_id = service.upload(), service.submit()
+    key, record = service.store.keys.create("mine")
+    other, _ = service.store.keys.create("theirs", tenant_id="other")
+    with service.http() as http:
+        for method, template in USER_ROUTES:
+            path = template.format(file=file_id, job=job_id, check="check-1")
+            for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": f"Basic {key}"}):
+                answer = http.request(method, path, headers=headers)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
+            if "{" in template:
+                answer = http.request(method, path, headers={"Authorization": f"Bearer {other}"})
+                assert answer.status_code == 404, path
+    assert service.openai(key).fine_tuning.jobs.retrieve(job_id).organization_id == "default"
+    assert service.openai(other).fine_tuning.jobs.list().data == []
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key=key, organization="other").models.list()
+    service.store.keys.revoke(record.id)
+    with pytest.raises(openai.AuthenticationError):
+        service.openai(key).models.list()
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Host": "evil.example:8420"}]
+)
+def test_without_keys_foreign_pages_are_not_answered(service: Any, headers: dict[str, str]) -> None:
+    with service.http() as http:
+        assert http.get("/v1/models", headers=headers).status_code == 401
+        assert http.get("/v1/models", headers={"Origin": "http://localhost:3000"}).status_code == 200
+
+
+def test_only_loopback_without_keys(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 's.sqlite3'}")
+    check_exposure(store, "127.0.0.1")
+    check_exposure(store, "::1")
+    with pytest.raises(ServiceError, match="without API keys"):
+        check_exposure(store, "0.0.0.0")
+    store.keys.create("mine")
+    check_exposure(store, "0.0.0.0")
+    store.close()
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "localhost.evil", "", None, "127.0.0.1.evil")))
+
+
+def refused(call: Any) -> tuple[int, str]:
+    with pytest.raises(ServiceError) as caught:
+        asyncio.run(call)
+    return caught.value.http_status, caught.value.code
+
+
+def test_drivers_are_believed_for_their_own_attempt_only(service: Any) -> None:
+    job_id = service.submit()
+    service.driver(job_id)
+    secret = service.launcher.secrets[job_id]
+
+    def driver(**changes: Any) -> AttemptClient:
+        said = {"job_id": job_id, "attempt": 1, "token": secret["token"], "fence": secret["fence"], **changes}
+        return AttemptClient(service.url, **said)
+
+    assert refused(driver(token="guess").heartbeat({})) == (401, "invalid_api_key")
+    assert refused(driver(fence=0).heartbeat({})) == (403, "stale_fence")
+    assert refused(driver(attempt=2).heartbeat({})) == (403, "stale_fence")
+    assert refused(driver(job_id="ftjob-none").heartbeat({})) == (403, "stale_fence")
+    assert refused(driver().transition("queued")) == (400, "illegal_transition")
+    assert refused(driver().transition("succeeded")) == (400, "illegal_transition")  # it never ran
+    assert refused(driver().checkpoint(1, "/etc", {})) == (400, "invalid_request")
+    assert refused(driver().transition("running", results={"result_files": ["/etc/passwd"]}))[0] == 400
+    assert asyncio.run(driver().heartbeat({"step": 1})) == "run"
+    with service.client() as client:
+        client.cancel(job_id)
+        client.wait(job_id, timeout_s=10, poll_s=0.05)
+    assert refused(driver().heartbeat({})) == (403, "stale_fence")
+
+
+def test_an_api_key_is_not_an_attempt_token(start_service: Any) -> None:
+    service = start_service()
+    job_id = service.submit()
+    service.driver(job_id)
+    key, _ = service.store.keys.create("mine")
+    client = AttemptClient(service.url, job_id, 1, token=key, fence=1)
+    assert refused(client.spec()) == (401, "invalid_api_key")
+    with service.http(
+        headers={"Authorization": f"Bearer {service.launcher.secrets[job_id]['token']}"}
+    ) as http:
+        assert http.get("/v1/models").status_code == 401

@@ -1,0 +1,88 @@
+"""The fixed points of METHODS.md section 2, reached by a tabular policy trained through `weigh`.
+
+One prompt, three outcomes, all enumerated: row i is outcome i with prior a = mu_i. The loss
+-sum_i v_i log pi_i / n has the gradient pi - v/n with respect to the logits (softmax's), so plain
+gradient steps end where the weights agree with the policy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modeseek_ray.weights import Evidence, Weighting, weigh
+
+MU = np.array([0.5, 0.3, 0.2])
+START = np.array([0.7, 0.2, 0.1])
+
+
+def trained(likelihood: dict[str, Any], *, data_model: np.ndarray = MU, steps: int = 600) -> np.ndarray:
+    """pi after plain gradient steps of rate 1 from the start, weights taken anew at each."""
+    weighting = Weighting.model_validate({"likelihood": likelihood, "guards": {"cap": None}})
+    logits_N = np.log(START)
+    for _ in range(steps):
+        policy_N = np.exp(logits_N - np.logaddexp.reduce(logits_N))
+        evidence = Evidence(
+            log_policy_N=np.log(policy_N),
+            log_reference_N=np.log(START),
+            num_tokens_N=np.ones(3),
+            log_behavior_N=np.log(data_model),
+            prior_N=MU,
+        )
+        values_N = weigh(evidence, weighting).values_N
+        gradient_N = values_N.sum() / 3 * policy_N - values_N / 3
+        logits_N = logits_N - gradient_N
+    return policy_N
+
+
+def normal(x_N: np.ndarray) -> np.ndarray:
+    return x_N / x_N.sum()
+
+
+@pytest.mark.parametrize(
+    ("of", "gamma", "printed", "closed_form"),
+    [
+        ("policy_over_initial", 0.5, (0.295858, 0.372781, 0.331361), (MU * START**-0.5) ** 2),
+        ("policy_over_data", 0.5, (0.5, 0.3, 0.2), MU),
+        ("policy", 0.5, (0.657895, 0.236842, 0.105263), MU**2),
+        ("initial", 0.5, (0.679394, 0.217891, 0.102715), MU * START**0.5),
+        ("initial_over_policy", 1.0, (0.604930, 0.250465, 0.144606), (MU * START) ** 0.5),
+        ("initial_over_policy", 0.5, None, (MU * START**0.5) ** (1 / 1.5)),
+    ],
+)
+def test_ratio_powers(of: str, gamma: float, printed: Any, closed_form: np.ndarray) -> None:
+    reached_N = trained({"scheme": "ratio_power", "of": of, "gamma": gamma, "length_exponent": 0.0})
+    np.testing.assert_allclose(reached_N, normal(closed_form), atol=1e-9)
+    if printed is not None:
+        np.testing.assert_allclose(reached_N, printed, atol=1e-6)
+
+
+def test_plain_sft_reaches_the_data() -> None:
+    np.testing.assert_allclose(trained({"scheme": "uniform"}), MU, atol=1e-9)
+
+
+def test_policy_over_data_with_another_model_of_the_data() -> None:
+    other_N = np.array([0.2, 0.2, 0.6])
+    reached_N = trained({"scheme": "ratio_power", "of": "policy_over_data", "gamma": 0.3}, data_model=other_N)
+    np.testing.assert_allclose(reached_N, normal((MU * other_N**-0.3) ** (1 / 0.7)), atol=1e-9)
+
+
+def test_self_normalisation_biases_sampled_batches() -> None:
+    # Over all count vectors of n = 64 draws from mu (a multinomial), the policy at which the expected
+    # normalised weight of each outcome is its probability: METHODS prints it for row 1 of the table.
+    from scipy.stats import multinomial
+
+    n = 64
+    counts_CN = np.array([(i, j, n - i - j) for i in range(n + 1) for j in range(n + 1 - i)])
+    chance_C = multinomial(n, MU).pmf(counts_CN)
+    weighting = Weighting.model_validate(
+        {"likelihood": {"scheme": "ratio_power", "gamma": 0.5}, "guards": {"cap": None}}
+    )
+    policy_N = np.array([0.301341, 0.372069, 0.326590])
+    share_N = np.zeros(3)
+    for counts_N, chance in zip(counts_CN, chance_C, strict=True):
+        evidence = Evidence(np.log(policy_N), np.log(START), np.ones(3), prior_N=counts_N)
+        share_N += chance * weigh(evidence, weighting).values_N / 3
+    np.testing.assert_allclose(share_N, policy_N, atol=1e-6)
