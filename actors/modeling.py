@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,22 +19,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# While it loads, transformers swaps `PreTrainedModel.tie_weights` for a function that does nothing, for
+# the whole process. Two loads that overlap can put the empty one back for good: every tied head loaded
+# later is random, without an error.
+_LOADING = threading.Lock()
 
 
 def load_causal_lm(path: str | Path, dtype: str) -> PreTrainedModel:
-    """A causal language model from a directory, on the CPU, safetensors only, none of its code run."""
+    """A causal language model from a directory, on the CPU, safetensors only, none of its code run.
+
+    Raises `ModelError` if it cannot be loaded, or if the files lack weights of the architecture, which
+    transformers would fill in at random.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, trust_remote_code=False
-        )
+        with _LOADING:
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                output_loading_info=True,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
     except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot be loaded as a causal language model: {error}",
             file=str(path),
             mend="Give a Hugging Face directory with config.json and safetensors of a supported architecture.",
         ) from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"its files lack {len(missing)} of the architecture's weights, {missing[0]} for one.",
+            file=str(path),
+            mend="Save the model again with `save_pretrained`, or give the directory of a complete one.",
+        )
     return model
 
 

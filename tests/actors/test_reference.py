@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,9 @@ def test_deadline_is_kept(spec: ScoringSpec, dataset: list[Sample]) -> None:
     with pytest.raises(WorkerError, match="0 of .* blocks were done") as caught:
         run(dataset, spec, deadline_s=0.0)
     assert caught.value.code == "scoring_deadline"
+    for thread in threading.enumerate():  # given up, not ended: it must not load a model beside other tests
+        if thread.name == "scoring":
+            thread.join()
 
 
 def test_errors_of_the_scorer_come_through(dataset: list[Sample], tmp_path: Path, spec: ScoringSpec) -> None:
