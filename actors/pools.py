@@ -85,6 +85,9 @@ class TrainerPool:
             log_policy_N[shard.order_N] = log_prob_n
         return regroup(groups, log_policy_N, "log_policy_N")
 
+    async def begin(self, groups: Sequence[Group]) -> list[Group]:
+        return await self.score(groups)
+
     async def step(self, groups: Sequence[Group], plan: StepPlan) -> StepReport:
         shards, blocks = self._split(groups)
         reports: list[RankReport] = await self._each(

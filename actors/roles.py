@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from modeseek_ray.types import EvalReport, Group, Prompt, StepPlan, StepReport, Weights
+from modeseek_ray.types import Completion, EvalReport, Group, Prompt, StepPlan, StepReport, Weights
 
 Desired = Literal["run", "cancel", "pause"]
 
@@ -48,6 +48,15 @@ class Trainer(Protocol):
         """The same groups with `log_policy_N`. May keep the graph for the next `step` on the same groups."""
         ...
 
+    async def begin(self, groups: Sequence[Group]) -> list[Group]:
+        """`score`, and keep what inner steps are compared with until the next `begin`.
+
+        Per-token log-probabilities (and R2's routes) stay on the rank that computed them, so `step`
+        may be handed any part of these samples. Fills `log_policy_N`, and `sum_delta_N` where the
+        samples carry the sampler's log-probabilities.
+        """
+        ...
+
     async def step(self, groups: Sequence[Group], plan: StepPlan) -> StepReport:
         """One optimizer step over the global batch; `plan.values_N` is in the order of the groups' samples."""
         ...
@@ -72,7 +81,14 @@ class Trainer(Protocol):
 class Generator(Protocol):
     """Writes samples: N completions a prompt, with the log-probabilities they were drawn from."""
 
-    async def sample(self, prompts: Sequence[Prompt], *, round_: int) -> list[Group]: ...
+    @property
+    def version(self) -> int:
+        """Of the weights that write now; 0 = the starting model's."""
+        ...
+
+    async def sample(self, prompts: Sequence[Prompt], *, round_: int) -> list[list[Completion]]:
+        """The completions of each prompt, in order. The same (job, prompt, round) gives the same requests."""
+        ...
 
     async def close(self) -> None: ...
 
@@ -80,7 +96,14 @@ class Generator(Protocol):
 class WeightChannel(Protocol):
     """Trainer to generator: versioned, all or nothing, verified by log-probabilities."""
 
-    async def sync(self, trainer: Trainer, generator: Generator) -> int: ...
+    async def sync(self, version: int) -> Mapping[str, float]:
+        """Make every engine write with the trainer's weights from now on, as `version`.
+
+        Awaits requests in flight; none is written by two versions. Returns figures: seconds, bytes,
+        and the largest difference of a canary's log-probabilities between the two engines. Raises
+        `NumericsError`, both numbers in it, when that is over the tolerance.
+        """
+        ...
 
 
 class Journal(Protocol):

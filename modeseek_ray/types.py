@@ -33,7 +33,29 @@ class Prompt:
 
     ordinal: int  # position in the prompt file; with job and round it fixes the sampling seed
     token_ids_T: NDArray[np.int32]
-    reference: Mapping[str, Any] = field(default_factory=dict)  # what graders compare with
+    reference: Mapping[str, Any] = field(default_factory=dict)  # the row's fields, for graders
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a generator wrote for a prompt, and how: everything training needs, nothing re-tokenised.
+
+    >>> c = Completion(token_ids_T=np.array([4, 2]), log_prob_T=np.array([-0.1, -0.7]), finish_reason="stop",
+    ...                weight_version=3, seed=11)
+    >>> c.num_tokens
+    2
+    """
+
+    token_ids_T: NDArray[np.int32]  # written tokens, the end token included where it was written
+    log_prob_T: NDArray[np.float32]  # under the distribution they were really drawn from, nats
+    finish_reason: Literal["stop", "length"]
+    weight_version: int  # of the weights that wrote all of it
+    seed: int  # fixed by (job, prompt ordinal, round, which of the N)
+    routes_TLK: NDArray[Any] | None = None  # [prompt + T - 1, L, K] experts, wire form of `routing.wire`
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids_T)
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,8 @@ class Sample:
     is_replay: bool = False
     task: str = ""  # label for breaking evaluation down, as the data file names it
     problem: int = -1  # rows that are right answers to the same question share it; -1 = nothing to get right
+    weight_version: int = -1  # of the weights that wrote it; -1 = imported
+    routes_TLK: NDArray[Any] | None = None  # [length - 1, L, K] experts the sampler took, wire form
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +140,16 @@ class Group:
     def with_columns(self, **columns: FloatArray | IntArray) -> Group:
         """A copy with some columns filled in."""
         return replace(self, **columns)  # type: ignore[arg-type]
+
+    def take(self, index_N: IntArray) -> Group:
+        """Some of its samples, every column and the handle alike."""
+        columns = {
+            f.name: column[index_N]
+            for f in fields(self)
+            if isinstance(column := getattr(self, f.name), np.ndarray)
+        }
+        payload = replace(self.payload, index_N=self.payload.index_N[index_N])
+        return replace(self, payload=payload, **columns)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -183,6 +217,34 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class RatioClip:
+    """Staleness: what becomes of rho_t = pi_theta / pi_old (METHODS.md section 4).
+
+    `ppo`: c_t = rho_t 1[rho_t <= 1 + high] for v > 0, rho_t 1[rho_t >= 1 - low] for v < 0; `clamp`:
+    rho_t kept within [1 - low, 1 + high]. `sequence` takes one ratio a sample, exp(mean_t log rho_t).
+    """
+
+    scheme: Literal["ppo", "clamp"] = "ppo"
+    low: float = 0.2
+    high: float = 0.27
+    level: Literal["token", "sequence"] = "token"
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Trainer against engine: pi_old(trainer) / pi_sampler(engine), a detached factor beside the clip.
+
+    `tis`: min(ratio, high); `mis`: the ratio, and zero outside [low, high]. `sequence` takes one
+    ratio a sample, exp(mean_t log ratio_t).
+    """
+
+    scheme: Literal["tis", "mis"] = "tis"
+    low: float = 0.5
+    high: float = 2.0
+    level: Literal["token", "sequence"] = "token"
+
+
+@dataclass(frozen=True)
 class Objective:
     """What the trainer minimises, fixed for the whole job. It knows nothing of sample weighting.
 
@@ -195,6 +257,21 @@ class Objective:
     token_parameters: Mapping[str, float] = field(default_factory=dict)
     kl_direction: Literal["forward", "reverse"] | None = None
     temperature: float = 1.0  # logits are divided by it, as the sampler did
+    clip: RatioClip | None = None
+    mismatch: Mismatch | None = None
+    # MoE: whose routes the policy's forward passes take. R3 = the sampler's (they come with the samples),
+    # R2 = the trainer's own under the policy the batch began with, None = live.
+    routing_replay: Literal["R2", "R3"] | None = None
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether steps need what the policy was when the batch began: `Trainer.begin`."""
+        return (
+            self.clip is not None
+            or self.mismatch is not None
+            or self.routing_replay == "R2"
+            or self.token_factor == "psft"
+        )
 
 
 @dataclass(frozen=True)
@@ -235,6 +312,7 @@ class StepReport:
     num_positions: int = 0
     kl_nats: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)  # by part: score, forward, backward, optimizer
+    figures: Mapping[str, float] = field(default_factory=dict)  # more of METHODS.md section 7, flat names
 
 
 @dataclass(frozen=True)

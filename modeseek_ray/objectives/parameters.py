@@ -69,6 +69,39 @@ TOKEN_FACTORS: dict[str, type[Strict]] = {
 TokenSection = one_of(TOKEN_FACTORS)
 
 
+class Clip(Strict):
+    """Staleness: what becomes of rho_t = pi_theta / pi_old when a batch is trained on in several steps,
+    or was written by an older policy (METHODS.md section 4)."""
+
+    scheme: Literal["ppo", "clamp"] = "ppo"
+    low: float = Field(0.2, ge=0, lt=1)
+    """epsilon_low: the lower bound is 1 - low."""
+    high: float = Field(0.27, gt=0, le=1000)
+    """epsilon_high: the upper bound is 1 + high."""
+    level: Literal["token", "sequence"] = "token"
+    """A ratio per token, or one per sample: the geometric mean over its tokens."""
+
+
+class Tis(Strict):
+    """Truncated importance sampling: min(pi_old(trainer) / pi_sampler(engine), cap)"""
+
+    scheme: Literal["tis"] = "tis"
+    cap: float = Field(2.0, gt=0, le=1000)
+    level: Literal["token", "sequence"] = "token"
+
+
+class Mis(Strict):
+    """Masked importance sampling: the same ratio, zero outside [low, high]"""
+
+    scheme: Literal["mis"] = "mis"
+    low: float = Field(0.5, ge=0, le=1)
+    high: float = Field(5.0, ge=1, le=1000)
+    level: Literal["token", "sequence"] = "token"
+
+
+MismatchSection = one_of({"tis": Tis, "mis": Mis})
+
+
 class CoefficientBudget(Strict):
     """Steers the coefficient: after a step that measured KL, it is multiplied by
     1 + rate x clip(KL/nats - 1, -1, 1), and kept within [min, max]."""
