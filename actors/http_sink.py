@@ -60,6 +60,11 @@ class HttpSink:
     def beat(self, status: Mapping[str, Any]) -> None:
         self._status = status
 
+    @property
+    def section(self) -> str | None:
+        """What the work says it is at."""
+        return self._status.get("section")
+
     def desired(self) -> Desired:
         return self._wanted
 

@@ -119,6 +119,22 @@ def cancel(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
 
 
 @app.command()
+def pause(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
+    """Pause a job: it saves a checkpoint and frees its workers. `modeseek resume` goes on exactly there."""
+    from actors.commands import remote
+
+    remote.pause(url, api_key, job)
+
+
+@app.command()
+def resume(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
+    """Let a paused job go on from where it was."""
+    from actors.commands import remote
+
+    remote.resume(url, api_key, job)
+
+
+@app.command()
 def check(
     job: JobFile,
     score: Annotated[

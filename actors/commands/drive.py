@@ -26,6 +26,7 @@ from modeseek_ray.jobs.spec import JobSpec
 log = logging.getLogger(__name__)
 
 CANCEL_GRACE_S = 3.0
+BEFORE_THE_LOOP = ("score", "setup")  # sections of `Attempt` and `Driver` in which nothing was trained yet
 
 
 def drive(job_id: str, attempt: int, secret: Path, home: Path) -> int:
@@ -42,18 +43,18 @@ async def _drive(client: AttemptClient, home: Home, job_id: str, number: int) ->
     sink.start()
     work = asyncio.create_task(_work(client, sink, home, job_id, number))
     lost = asyncio.create_task(sink.lost())
-    cancelled = asyncio.create_task(_cancelled(sink))
+    stopped = asyncio.create_task(_stopped(sink))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, work.cancel)
     try:
-        await asyncio.wait([work, lost, cancelled], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([work, lost, stopped], return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             work.cancel()
         await work
     except asyncio.CancelledError:
-        if not cancelled.done():
+        if not stopped.done():
             log.error("ended from outside, or the lease is lost: another attempt may be running")
             return 1
-        await sink.transition("cancelled")
+        await sink.transition(stopped.result())
     except LeaseLost as error:
         log.error("%s", error)
         return 1
@@ -64,16 +65,25 @@ async def _drive(client: AttemptClient, home: Home, job_id: str, number: int) ->
         await sink.transition("failed", error=_wire_error(_unforeseen(error)))
     finally:
         lost.cancel()
-        cancelled.cancel()
+        stopped.cancel()
         await sink.close()
     return 0
 
 
-async def _cancelled(sink: HttpSink) -> None:
-    """Returns when the user wants no more and the loop, which looks once a step, has had its time to end."""
-    while sink.desired() != "cancel":
+async def _stopped(sink: HttpSink) -> str:
+    """Returns the state to end in, when the work must be ended from outside.
+
+    The loop looks once a step what is desired. A cancelled job is given time to get there; a pause
+    waits for it as long as it takes (the service has the deadline), except before the first step:
+    scoring a data set may take hours, and there is nothing to save yet.
+    """
+    while True:
+        if sink.desired() == "cancel":
+            await asyncio.sleep(CANCEL_GRACE_S)
+            return "cancelled"
+        if sink.desired() == "pause" and sink.section in (None, *BEFORE_THE_LOOP):
+            return "paused"
         await asyncio.sleep(0.2)
-    await asyncio.sleep(CANCEL_GRACE_S)
 
 
 async def _work(client: AttemptClient, sink: HttpSink, home: Home, job_id: str, number: int) -> None:

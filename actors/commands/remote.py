@@ -1,4 +1,4 @@
-"""Commands that speak to a running service: submit, follow, list, show, cancel."""
+"""Commands that speak to a running service: submit, follow, list, show, cancel, pause, resume."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ def show(url: str, api_key: str | None, job_id: str) -> None:
 def cancel(url: str, api_key: str | None, job_id: str) -> None:
     with Client(url, api_key) as client:
         Console().print(job_details(client.cancel(job_id)))
+
+
+def pause(url: str, api_key: str | None, job_id: str) -> None:
+    with Client(url, api_key) as client:
+        Console().print(job_details(client.pause(job_id)))
+
+
+def resume(url: str, api_key: str | None, job_id: str) -> None:
+    with Client(url, api_key) as client:
+        Console().print(job_details(client.resume(job_id)))
 
 
 def _follow(url: str, api_key: str | None, job_id: str) -> int:

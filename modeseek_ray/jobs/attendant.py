@@ -32,6 +32,7 @@ class ReconcilerSettings:
     pass_every_s: float = 1.0
     status_every_s: float = 5.0  # how often the cluster is asked about a driver
     cancel_grace_s: float = 8.0  # for the driver to end by itself
+    pause_grace_s: float = 300.0  # for the driver to end its step and save; then what is committed must do
     stop_timeout_s: float = 5.0  # for the cluster to have stopped it; then the fence alone keeps it out
     call_timeout_s: float = 20.0  # of one call of the launcher: they hang while the head is down
     leader_lease_s: float = 15.0
@@ -69,6 +70,9 @@ class Attendant:
             await self._lose(job, attempt, "its driver sent no heartbeat and the lease ran out.")
         elif job.section_until is not None and job.section_until < now:
             await self._lose(job, attempt, section)
+        elif job.state == "pausing" and job.state_at + self._settings.pause_grace_s < now:
+            grace = f"{self._settings.pause_grace_s:.0f} s"
+            await self._lose(job, attempt, f"it did not pause by itself within {grace}.")
         elif now - self._asked_at.get(job.id, 0.0) >= self._settings.status_every_s:
             self._asked_at[job.id] = now
             if attempt.submission_id is None:

@@ -160,8 +160,8 @@ class DriverStore:
         now = self._database.clock()
         with self._database.write() as connection:
             job = _check(connection, bearer, repeating=state)
-            if job.state == state or (job.state == "cancelling" and state in ("running", "checkpointing")):
-                return job  # a driver that has not yet heard of the cancellation may go on to its next step
+            if job.state == state or (job.state in _STOPPING and state in ("running", "checkpointing")):
+                return job  # a driver that has not yet heard that it shall stop may go on to its next step
             changes: dict[str, Any] = {} if error is None else {"error": dict(error)}
             if results is not None:
                 changes |= self._store_results(connection, job, results, model_name, now)
@@ -217,6 +217,7 @@ class DriverStore:
         return changes
 
 
+_STOPPING = frozenset({"pausing", "cancelling"})
 _SENTENCES = {
     "running": "The job is running.",
     "checkpointing": "A checkpoint is being written.",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, func, insert, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from modeseek_ray.jobs.database import Database
-from modeseek_ray.jobs.errors import IdempotencyError, NotFoundError
+from modeseek_ray.jobs.errors import IdempotencyError, IllegalTransitionError, NotFoundError
 from modeseek_ray.jobs.history import append_events, find_job, move_job
 from modeseek_ray.jobs.records import (
     DEFAULT_TENANT,
@@ -25,6 +25,10 @@ from modeseek_ray.jobs.tables import checkpoints, events, idempotency, jobs, ten
 
 # Nothing runs for these, so a cancelled one needs nobody to end it.
 _UNATTENDED = frozenset({"accepted", "validating", "queued", "paused", "recovering"})
+# A driver runs, or is about to: it hears of a pause with its next heartbeat.
+_RUNS = frozenset({"starting", "running", "checkpointing"})
+# On the way into the queue.
+_COMING = frozenset({"accepted", "validating", "recovering"})
 
 
 class JobStore:
@@ -159,6 +163,58 @@ class JobStore:
         self._database.announce(job_id)
         return job
 
+    def pause(self, job_id: str, tenant_id: str | None = None) -> JobRecord:
+        """Ask for a pause. Immediate for a queued job; a second request changes nothing.
+
+        A job that is being validated or recovered is paused where it would have been queued. Raises
+        `IllegalTransitionError` for a job that has ended or is being cancelled.
+        """
+        now = self._database.clock()
+        with self._database.write() as connection:
+            job = find_job(connection, job_id, tenant_id)
+            if job.state == "paused" or (job.desired == "pause" and not job.terminal):
+                return job
+            asked = EventDraft("A pause was asked for.", data={"state": "pausing"})
+            if job.state in _RUNS:
+                job = move_job(connection, job, "pausing", asked, now, desired="pause")
+            elif job.state == "queued":
+                paused = EventDraft("The job is paused.", data={"state": "paused"})
+                job = move_job(connection, job, "paused", paused, now, desired="pause")
+            elif job.state in _COMING:
+                job = self._want(connection, job, "pause", asked, now)
+            else:
+                raise _cannot(job, "paused")
+        self._database.announce(job_id)
+        return job
+
+    def resume(self, job_id: str, tenant_id: str | None = None) -> JobRecord:
+        """Let a paused job go on from its last checkpoint; it queues again in its old place.
+
+        Raises `IllegalTransitionError` unless it is paused, or waits to be.
+        """
+        now = self._database.clock()
+        with self._database.write() as connection:
+            job = find_job(connection, job_id, tenant_id)
+            if job.state == "paused":
+                event = EventDraft("The job goes on from its last checkpoint.", data={"state": "queued"})
+                changes = {"desired": "run", "fruitless_attempts": 0}
+                job = move_job(connection, job, "queued", event, now, **changes)
+            elif job.state in _COMING and job.desired == "pause":
+                event = EventDraft("The pause was called off.", data={"state": job.state})
+                job = self._want(connection, job, "run", event, now)
+            else:
+                raise _cannot(job, "resumed")
+        self._database.announce(job_id)
+        return job
+
+    def _want(
+        self, connection: Connection, job: JobRecord, desired: str, event: EventDraft, now: float
+    ) -> JobRecord:
+        """Note what is desired of a job whose state does not change now: who moves it next will look."""
+        connection.execute(update(jobs).where(jobs.c.id == job.id).values(desired=desired))
+        append_events(connection, job.id, [event], now)
+        return find_job(connection, job.id)
+
     def add_event(self, job_id: str, event: EventDraft) -> None:
         """Add a line to the history of a job that has not ended; after its end nothing is added."""
         with self._database.write() as connection:
@@ -244,6 +300,14 @@ class JobStore:
         accepted = EventDraft(f"Created fine-tuning job: {job_id}", data={"state": "accepted"})
         append_events(connection, job_id, [accepted], now)
         return find_job(connection, job_id)
+
+
+def _cannot(job: JobRecord, what: str) -> IllegalTransitionError:
+    """Why a pause or a resumption is refused."""
+    mend = "Terminal jobs never change." if job.terminal else "Look at its `state` first."
+    if job.state == "pausing":
+        mend = "It is still pausing; ask again when its status is `paused`."
+    return IllegalTransitionError(f"job {job.id} is {job.state} and cannot be {what}.", mend=mend)
 
 
 def new_job_id() -> str:

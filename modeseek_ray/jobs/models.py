@@ -62,7 +62,7 @@ class ModelInfo:
                 "there is no tokenizer.json.",
                 file=str(path),
                 mend="Save the fast tokenizer beside the model: tokenizer.save_pretrained(directory).",
-                code="tokenizer_missing",
+                code="no_tokenizer",
             )
         num_parameters, dtype_bytes = _count_parameters(path)
         try:

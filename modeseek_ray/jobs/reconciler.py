@@ -96,6 +96,9 @@ class Reconciler:
                 await self._guarded(job, self._requeue(job))
             elif job.state == "cancelling":
                 self._start_task("end", job, self._end(job))
+            elif job.state == "queued" and job.desired == "pause":  # asked for during its validation
+                event = EventDraft("The job is paused.", data={"state": "paused"})
+                await self._guarded(job, asyncio.to_thread(self._store.jobs.move, job, "paused", event))
             elif self._attendant is None:
                 continue
             elif job.state in ATTENDED:
@@ -172,9 +175,13 @@ class Reconciler:
         job = await asyncio.to_thread(self._store.attempts.begin, job, token)
         self._start_task("watch", job, attendant.watch(job))
 
-    # recovering -> queued | failed
+    # recovering -> queued | paused | failed
 
     async def _requeue(self, job: JobRecord) -> None:
+        if job.desired == "pause":  # its driver died before it had paused: what is committed is kept
+            event = EventDraft("The job is paused at its last checkpoint.", data={"state": "paused"})
+            await asyncio.to_thread(self._store.jobs.move, job, "paused", event)
+            return
         if job.fruitless_attempts < self.settings.max_fruitless_attempts:
             event = EventDraft("The job goes on from its last checkpoint.", data={"state": "queued"})
             await asyncio.to_thread(self._store.jobs.move, job, "queued", event)
@@ -209,7 +216,7 @@ class Reconciler:
         self._tasks[key] = task
         task.add_done_callback(lambda _: self._tasks.pop(key, None))
 
-    async def _guarded(self, job: JobRecord, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, job: JobRecord, work: Coroutine[Any, Any, Any]) -> None:
         """Another writer may be faster: then the next pass decides anew from what the store says."""
         try:
             await work

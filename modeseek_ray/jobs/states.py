@@ -5,6 +5,8 @@
     any non-terminal -> cancelling -> cancelled
 
 An attempt may be lost in any state in which a driver lives, so each of those may go to `recovering`.
+A job without a driver (`queued`, `recovering`) is paused at once, and one that reaches its last step
+before it hears of the pause succeeds.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ TERMINAL = frozenset({"succeeded", "failed", "cancelled", "rejected"})
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     "accepted": frozenset({"validating", "cancelling"}),
     "validating": frozenset({"queued", "rejected", "cancelling"}),
-    "queued": frozenset({"starting", "cancelling"}),
-    "starting": frozenset({"running", "recovering", "failed", "cancelling"}),
+    "queued": frozenset({"starting", "paused", "cancelling"}),
+    "starting": frozenset({"running", "pausing", "recovering", "failed", "cancelling"}),
     "running": frozenset({"checkpointing", "pausing", "recovering", "succeeded", "failed", "cancelling"}),
-    "checkpointing": frozenset({"running", "recovering", "failed", "cancelling"}),
-    "pausing": frozenset({"paused", "recovering", "failed", "cancelling"}),
+    "checkpointing": frozenset({"running", "pausing", "recovering", "failed", "cancelling"}),
+    "pausing": frozenset({"paused", "recovering", "succeeded", "failed", "cancelling"}),
     "paused": frozenset({"queued", "cancelling"}),
-    "recovering": frozenset({"queued", "failed", "cancelling"}),
+    "recovering": frozenset({"queued", "paused", "failed", "cancelling"}),
     "cancelling": frozenset({"cancelled"}),
     "succeeded": frozenset(),
     "failed": frozenset(),

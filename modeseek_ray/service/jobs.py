@@ -138,6 +138,22 @@ def cancel_job(job_id: str, service: ServiceDep, caller: CallerDep) -> JobObject
     return _shown(service, job)
 
 
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, service: ServiceDep, caller: CallerDep) -> JobObject:
+    """Pause a job: a running one finishes its step, saves a checkpoint and frees all its workers."""
+    job = service.store.jobs.pause(job_id, caller.tenant_id)
+    service.wake()
+    return _shown(service, job)
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, service: ServiceDep, caller: CallerDep) -> JobObject:
+    """Let a paused job go on, exactly where it was."""
+    job = service.store.jobs.resume(job_id, caller.tenant_id)
+    service.wake()
+    return _shown(service, job)
+
+
 @router.get("/{job_id}/checkpoints")
 def list_checkpoints(
     job_id: str,

@@ -14,7 +14,9 @@ from actors import main
 from modeseek_ray.errors import ConfigError, DataError, ModeseekError
 from modeseek_ray.weights import PRESETS
 
-COMMANDS = "serve submit follow list show cancel check run report doctor playground presets keys demo".split()
+COMMANDS = (
+    "serve submit follow list show cancel pause resume check run report doctor playground presets keys demo"
+).split()
 
 
 def _modeseek(*arguments: str | Path) -> Result:

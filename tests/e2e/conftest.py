@@ -26,6 +26,7 @@ class Service:
     url: str
     home: Path
     pid: int
+    root: Path  # models may be named by path under it
 
     def family(self) -> list[psutil.Process]:
         """Everything that runs because of it, Ray's head (its own session) included."""
@@ -45,6 +46,8 @@ class RunningService:
     def __init__(self, home: Path, *, root: Path) -> None:
         self._home = home
         self._root = root
+        self._own = home / "models"
+        self._own.mkdir(parents=True, exist_ok=True)
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Service:
@@ -55,7 +58,7 @@ class RunningService:
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "actors.main", "serve", "--port", str(port)),
-                *("--home", str(self._home), "--root", str(self._root)),
+                *("--home", str(self._home), "--root", str(self._root), "--root", str(self._own)),
             ],
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -68,7 +71,7 @@ class RunningService:
             assert self.process.poll() is None, (self._home / "serve.log").read_text()
             try:
                 urllib.request.urlopen(f"{url}/readyz", timeout=5).close()
-                return Service(url, self._home, self.process.pid)
+                return Service(url, self._home, self.process.pid, self._own)
             except (urllib.error.URLError, OSError):
                 time.sleep(0.3)
         raise AssertionError((self._home / "serve.log").read_text())

@@ -90,7 +90,7 @@ def test_own_code_is_refused(model: Path) -> None:
 
 def test_a_missing_tokenizer_is_refused(model: Path) -> None:
     (model / "tokenizer.json").unlink()
-    assert refusal(model)[0] == "tokenizer_missing"
+    assert refusal(model)[0] == "no_tokenizer"
 
 
 @pytest.mark.parametrize(

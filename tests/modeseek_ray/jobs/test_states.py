@@ -22,6 +22,7 @@ recovering queued | validating rejected | starting failed | running failed | rec
 running succeeded | cancelling cancelled
 starting recovering | checkpointing recovering | pausing recovering
 checkpointing failed | pausing failed
+queued paused | recovering paused | starting pausing | checkpointing pausing | pausing succeeded
 """
 
 

@@ -27,6 +27,8 @@ USER_ROUTES = [
     ("GET", "/v1/fine_tuning/validations/{check}"),
     ("GET", "/v1/fine_tuning/jobs/{job}"),
     ("POST", "/v1/fine_tuning/jobs/{job}/cancel"),
+    ("POST", "/v1/fine_tuning/jobs/{job}/pause"),
+    ("POST", "/v1/fine_tuning/jobs/{job}/resume"),
     ("GET", "/v1/fine_tuning/jobs/{job}/events"),
     ("GET", "/v1/fine_tuning/jobs/{job}/checkpoints"),
     ("GET", "/v1/fine_tuning/jobs/{job}/weights"),

@@ -42,6 +42,26 @@ def test_files_from_upload_to_deletion(service: Any, client: openai.OpenAI, tmp_
     assert caught.value.request_id
 
 
+def test_pause_and_resume(service: Any, client: openai.OpenAI, until: Any) -> None:
+    job = service.submit()
+    driver = service.driver(job)
+
+    async def pause_when_told() -> None:
+        assert await driver.heartbeat({"step": 1}) == "pause"
+        await driver.transition("paused")
+        await driver.close()
+
+    assert client.fine_tuning.jobs.pause(job).status == "running"
+    asyncio.run(pause_when_told())
+    assert client.fine_tuning.jobs.pause(job).status == "paused"
+    assert client.fine_tuning.jobs.resume(job).status in ("queued", "running")
+    until(lambda: service.store.jobs.get(job).attempt == 2)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.fine_tuning.jobs.resume(job)
+    assert refused.value.code == "illegal_transition"
+    client.fine_tuning.jobs.cancel(job)
+
+
 def test_files_are_paged_both_ways(client: openai.OpenAI) -> None:
     made = [client.files.create(file=(f"{i}.jsonl", b"{}\n"), purpose="fine-tune").id for i in range(3)]
     newest = [file.id for file in client.files.list(limit=2)]  # the iterator asks for further pages

@@ -1,7 +1,4 @@
-"""The HTTP client: `Client` for people and the command line, `AttemptClient` for a job's driver.
-
-Both raise `ServiceError` with the code, the sentence and the mend the service sent.
-"""
+"""`Client`: files, jobs, events and models, for people and the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +16,13 @@ from urllib.parse import quote
 
 import httpx
 
+from modeseek_ray.client.answers import Json, raise_for, unreachable
 from modeseek_ray.config import JobConfig
 from modeseek_ray.errors import ServiceError
 
 DEFAULT_URL = "http://127.0.0.1:8420"
 FILE_ROLES = ("training_file", "validation_file", "retention_file", "replay_file")
 TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
-Json = dict[str, Any]
 
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 _STREAM_SILENCE_S = 45.0  # the service sends a sign of life every 15 s
@@ -166,6 +163,13 @@ class Client:
     def cancel(self, job_id: str) -> Json:
         return self._json("POST", f"/v1/fine_tuning/jobs/{job_id}/cancel")
 
+    def pause(self, job_id: str) -> Json:
+        """Ask for a pause; the job's status is `paused` once its workers are gone."""
+        return self._json("POST", f"/v1/fine_tuning/jobs/{job_id}/pause")
+
+    def resume(self, job_id: str) -> Json:
+        return self._json("POST", f"/v1/fine_tuning/jobs/{job_id}/resume")
+
     def checkpoints(self, job_id: str) -> list[Json]:
         return list(self._pages(f"/v1/fine_tuning/jobs/{job_id}/checkpoints"))
 
@@ -195,7 +199,7 @@ class Client:
                     raise
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > patience_s:
-                    raise _unreachable(self.base_url, error) from error
+                    raise unreachable(self.base_url, error) from error
             _pause(failures)
             failures += 1
 
@@ -279,7 +283,7 @@ class Client:
         try:
             response = self._http.request(method, path, **request)
         except httpx.TransportError as error:
-            raise _unreachable(self.base_url, error) from error
+            raise unreachable(self.base_url, error) from error
         raise_for(response)
         return response
 
@@ -294,108 +298,10 @@ class Client:
                     file.write(chunk)
             draft.replace(target)
         except httpx.TransportError as error:
-            raise _unreachable(self.base_url, error) from error
+            raise unreachable(self.base_url, error) from error
         finally:
             draft.unlink(missing_ok=True)
         return target
-
-
-class AttemptClient:
-    """What one driver says to the service. Each call raises `ServiceError`; `stale_fence` means stop.
-
-    Nothing is retried here: the driver's journal spools and decides.
-    """
-
-    def __init__(self, base_url: str, job_id: str, attempt: int, *, token: str, fence: int) -> None:
-        self._base_url = base_url.rstrip("/")
-        self._attempt_url = f"{self._base_url}/internal/jobs/{job_id}/attempts/{attempt}"
-        self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {token}", "X-Modeseek-Fence": str(fence)},
-            timeout=httpx.Timeout(20.0, connect=5.0),
-            trust_env=False,
-        )
-
-    async def close(self) -> None:
-        await self._http.aclose()
-
-    async def spec(self) -> Json:
-        """The job as a `JobSpec` in JSON."""
-        return await self._call("GET", "")
-
-    async def heartbeat(self, progress: Mapping[str, Any]) -> Any:
-        """Renew the lease; returns what is desired: "run", "cancel" or "pause"."""
-        return (await self._call("POST", "/heartbeat", progress))["desired"]
-
-    async def events(self, events: Sequence[Mapping[str, Any]]) -> int:
-        """Deliver numbered events; returns the newest number that is stored."""
-        return int((await self._call("POST", "/events", {"events": list(events)}))["acknowledged"])
-
-    async def checkpoint(self, step: int, path: str, metrics: Mapping[str, Any]) -> Json:
-        """Commit a checkpoint that is complete on disk."""
-        return await self._call(
-            "POST", "/checkpoints", {"step": step, "path": path, "metrics": dict(metrics)}
-        )
-
-    async def prune(self, path: str) -> Json:
-        """Say that a checkpoint is about to be deleted, before deleting it."""
-        return await self._call("POST", "/checkpoints/prune", {"path": path})
-
-    async def transition(
-        self, to: str, *, error: Mapping[str, Any] | None = None, results: Mapping[str, Any] | None = None
-    ) -> Json:
-        """Move the job on. May be repeated when the answer was lost."""
-        return await self._call("POST", "/transition", {"to": to, "error": error, "results": results})
-
-    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Json:
-        content = None if body is None else json.dumps(finite(body), allow_nan=False, ensure_ascii=True)
-        headers = {} if content is None else {"Content-Type": "application/json"}
-        try:
-            response = await self._http.request(
-                method, f"{self._attempt_url}{path}", content=content, headers=headers
-            )
-        except httpx.TransportError as error:
-            raise _unreachable(self._base_url, error) from error
-        raise_for(response)
-        answer: Json = response.json()
-        return answer
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null.
-
-    >>> finite({"loss": float("nan"), "step": 3})
-    {'loss': None, 'step': 3}
-    """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        return finite(value.item())  # a numpy scalar
-    return value
-
-
-def raise_for(response: httpx.Response) -> None:
-    """Raise the service's error as `ServiceError`; nothing for a good answer."""
-    if not response.is_error:
-        return
-    body: Any = {}
-    with suppress(ValueError):
-        body = response.json()
-    error = body.get("error") if isinstance(body, dict) else None
-    if not isinstance(error, dict):
-        error = {"message": f"the service answered {response.status_code}."}
-    mend = str(error.get("mend") or "")
-    message = str(error.get("message") or f"the service answered {response.status_code}.")
-    raise ServiceError(
-        message.removesuffix(mend).rstrip(),  # OpenAI's body has one sentence; the mend is its end
-        http_status=response.status_code,
-        code=error.get("code") or "service_error",
-        param=error.get("param"),
-        mend=mend,
-    )
 
 
 def _pause(failures: int) -> None:
@@ -407,12 +313,3 @@ def _body(config: JobConfig | Mapping[str, Any]) -> Json:
     if isinstance(config, JobConfig):
         return config.model_dump(mode="json", exclude_unset=True)
     return dict(config)
-
-
-def _unreachable(url: str, error: Exception) -> ServiceError:
-    return ServiceError(
-        f"no answer from {url} ({error or type(error).__name__}).",
-        mend="Start it with `modeseek serve`, or set MODESEEK_URL.",
-        code="unreachable",
-        http_status=503,
-    )

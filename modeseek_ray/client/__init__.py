@@ -1,0 +1,10 @@
+"""The HTTP clients: `Client` for people and the command line, `AttemptClient` for a job's driver.
+
+Both raise `ServiceError` with the code, the sentence and the mend the service sent.
+"""
+
+from modeseek_ray.client.answers import finite
+from modeseek_ray.client.driver import AttemptClient
+from modeseek_ray.client.user import Client
+
+__all__ = ["AttemptClient", "Client", "finite"]
