@@ -38,21 +38,23 @@ class ConfiguredAs:
     setting: Any
 
 
-def section(group: str, name: str, function: Callable[..., Any], base: type[Strict] = Strict) -> type[Strict]:
+def section(
+    group: str, name: str, function: Callable[..., Any], base: type[Strict] = Strict, *, by: str = "scheme"
+) -> type[Strict]:
     """The pydantic model of one scheme: `scheme: name`, and the function's keyword defaults.
+
+    `by` is the field that names it where that is not `scheme`.
 
     Every keyword-only parameter needs an annotation and a default; the docstring becomes the
     description. Raises `TypeError` where one is missing.
     """
     hints = get_type_hints(function, include_extras=True)
-    fields: dict[str, Any] = {"scheme": (Literal[name], name)}
+    fields: dict[str, Any] = {by: (Literal[name], name)}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         if parameter.name not in hints or parameter.default is inspect.Parameter.empty:
-            raise TypeError(
-                f"{group} scheme {name!r}: parameter {parameter.name!r} needs a type and a default"
-            )
+            raise TypeError(f"{group} {by} {name!r}: parameter {parameter.name!r} needs a type and a default")
         fields[parameter.name] = (_configured(hints[parameter.name]), parameter.default)
     title = "".join(word.capitalize() for word in f"{group}_{name}".split("_"))
     return create_model(title, __base__=base, __doc__=inspect.getdoc(function), __module__=__name__, **fields)
@@ -66,17 +68,17 @@ def _configured(hint: Any) -> Any:
     return hint
 
 
-def one_of(sections: Mapping[str, type[Strict]]) -> Any:
-    """The union of sections, told apart by `scheme`."""
+def one_of(sections: Mapping[str, type[Strict]], *, by: str = "scheme") -> Any:
+    """The union of sections, told apart by the field `by`."""
+
+    def tag_of(value: Any) -> str | None:
+        name = value.get(by) if isinstance(value, Mapping) else getattr(value, by, None)
+        return None if name is None else f"{TAG_PREFIX}{name}"
+
     tagged = [Annotated[model, Tag(TAG_PREFIX + name)] for name, model in sections.items()]
-    message = f"`scheme` must be one of: {', '.join(sections)}"
-    tag = Discriminator(_scheme_tag, custom_error_type="unknown_scheme", custom_error_message=message)
+    message = f"`{by}` must be one of: {', '.join(sections)}"
+    tag = Discriminator(tag_of, custom_error_type=f"unknown_{by}", custom_error_message=message)
     return Annotated[Union[tuple(tagged)], tag]  # noqa: UP007 - built at run time
-
-
-def _scheme_tag(value: Any) -> str | None:
-    name = value.get("scheme") if isinstance(value, Mapping) else getattr(value, "scheme", None)
-    return None if name is None else f"{TAG_PREFIX}{name}"
 
 
 def error_path(location: Sequence[int | str]) -> str:
