@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -147,6 +148,7 @@ class MlFlow:
     """One run for each job, found again by a tag with the job's id."""
 
     TAG = "modeseek_job"
+    FORBIDDEN = re.compile(r"[^\w.\-/: ]")  # in names of metrics, and some are tasks the user named
 
     def __init__(
         self, job_id: str, config: JobConfig, options: Mapping[str, Any], load: Load, resumed_step: int
@@ -169,7 +171,10 @@ class MlFlow:
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         now_ms = int(1000 * time.time())
-        metrics = [self._metric(name, value, now_ms, step) for name, value in figures.items()]
+        metrics = [
+            self._metric(self.FORBIDDEN.sub("_", name)[:250], value, now_ms, step)
+            for name, value in figures.items()
+        ]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def close(self) -> None:

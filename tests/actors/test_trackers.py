@@ -1,10 +1,10 @@
-"""Figures to trackers: TensorBoard's files read back with its own reader; the others by their calls."""
+"""Figures to trackers: each package itself, run without a server, and read back with its own reader."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,62 +59,89 @@ def test_the_journal_writes_what_tensorboard_reads(tmp_path: Path) -> None:
     assert "bound_by" not in read.Tags()["scalars"]
 
 
-class Recorder:
-    """Stands for a module, an object or a function of it: notes calls, returns what was given."""
-
-    def __init__(self, **returns: Any) -> None:
-        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        self._returns = returns
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any, **options: Any) -> Any:
-            self.calls.append((name, args, options))
-            return self._returns.get(name)
-
-        return call
+ATTEMPTS = [{1: 4.0, 2: 3.0}, {3: 2.0}]  # losses by step; the second attempt resumes from step 2
+ODD = "retention.50% odd.nll"  # a task may be called anything
 
 
-def feed(trackers: Trackers) -> list[str]:
-    figures: dict[str, float | str] = {"loss": 2.0, "gamma": float("nan"), "bound_by": "ess"}
-    return asyncio.run(trackers.log(3, figures)) + trackers.close()
+def two_attempts(job: JobConfig, results: Path) -> None:
+    """Figures of a step come in two calls, as a step and its evaluation do. Nothing may go wrong."""
+    for losses in ATTEMPTS:
+        opened = trackers_of(job, results, "ftjob-1", installed=lambda package: False)
+        opened.resume_from(min(losses) - 1)
+        for step, loss in losses.items():
+            figures: dict[str, float | str] = {"loss": loss, "gamma": float("nan"), "bound_by": "ess"}
+            assert asyncio.run(opened.log(step, figures)) == []
+            assert asyncio.run(opened.log(step, {ODD: 1.5})) == []
+        assert opened.close() == []
 
 
-def test_weights_and_biases_gets_one_run_per_job(tmp_path: Path) -> None:
-    run = Recorder()
-    wandb = Recorder(init=run)
-    job = config(type="wandb", wandb={"project": "mine", "tags": ["a"]})
-    opened = trackers_of(
-        job, tmp_path, "ftjob-1", load={"wandb": wandb}.__getitem__, installed=lambda _: False
-    )
-    assert feed(opened) == []
-    ((_, _, options),) = wandb.calls
-    assert (options["project"], options["tags"], options["name"]) == ("mine", ["a"], "ftjob-1")
-    assert (options["id"], options["resume"], options["config"]["model"]) == ("ftjob-1", "allow", "m")
-    assert run.calls == [("log", ({"loss": 2.0},), {"step": 3}), ("finish", (), {})]
+def read_offline_runs(directory: Path) -> list[Any]:
+    """All records of the files that `wandb sync` would send, oldest run first.
+
+    The package writes them but has no reader for others. They are LevelDB logs: after seven bytes,
+    blocks of 32 KiB with records of checksum (4 bytes), length (2), kind (1: whole, 2, 3, 4: its parts), data.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    records = []
+    for path in sorted(directory.rglob("run-*.wandb")):
+        content, at, parts = path.read_bytes(), 7, b""
+        while at + 7 <= len(content):
+            length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+            if kind == 0:  # the rest of a block too small for a header
+                at = -(-(at + 1) // 32768) * 32768
+                continue
+            parts += content[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):
+                record = Record()
+                record.ParseFromString(parts)
+                records.append(record)
+                parts = b""
+    return records
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_mlflow_finds_the_jobs_run_again(tmp_path: Path, known: bool) -> None:
-    run = SimpleNamespace(info=SimpleNamespace(run_id="run-7"))
-    client = Recorder(
-        get_experiment_by_name=SimpleNamespace(experiment_id="e") if known else None,
-        create_experiment="e",
-        search_runs=[run] if known else [],
-        create_run=run,
-    )
-    modules = {
-        "mlflow": SimpleNamespace(MlflowClient=lambda: client),
-        "mlflow.entities": SimpleNamespace(Metric=lambda name, value, ms, step: (name, value, step)),
-    }
-    job = config(type="mlflow", mlflow={"experiment_name": "mine"})
-    opened = trackers_of(job, tmp_path, "ftjob-1", load=modules.__getitem__, installed=lambda _: False)
-    assert feed(opened) == []
-    names = [name for name, _, _ in client.calls]
-    assert ("create_run" in names) != known
-    assert ("log_batch", ("run-7",), {"metrics": [("loss", 2.0, 3)]}) in client.calls
-    assert names[-1] == "set_terminated"
-    search = next(options for name, _, options in client.calls if name == "search_runs")
-    assert search["filter_string"] == "tags.modeseek_job = 'ftjob-1'"
+def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package itself, without a server: one run by the job's id, read back from its own files."""
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    two_attempts(config(type="wandb", wandb={"project": "mine", "tags": ["a"]}), tmp_path)
+
+    records = read_offline_runs(tmp_path)
+    runs = [record.run for record in records if record.HasField("run")]
+    assert {(run.run_id, run.project, run.display_name) for run in runs} == {("ftjob-1", "mine", "ftjob-1")}
+    assert {tuple(run.tags) for run in runs} == {("a",)}
+    settings = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
+    assert settings["model"] == "m"
+    rows = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    assert [(row["_step"], row["loss"], row[ODD]) for row in rows] == [
+        (1, 4.0, 1.5),
+        (2, 3.0, 1.5),
+        (3, 2.0, 1.5),
+    ]
+    assert not any({"gamma", "bound_by"} & row.keys() for row in rows)
+
+
+def test_mlflow_in_a_database_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package itself: the second attempt finds the job's run again and goes on with it."""
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    two_attempts(config(type="mlflow", mlflow={"experiment_name": "mine"}), tmp_path)
+
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("mine")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("ftjob-1", "FINISHED")
+    assert (run.data.tags["modeseek_job"], run.data.tags["model"]) == ("ftjob-1", "m")
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(1, 4.0), (2, 3.0), (3, 2.0)]
+    assert run.data.metrics["retention.50_ odd.nll"] == 1.5
+    assert "gamma" not in run.data.metrics
 
 
 def test_a_tracker_that_fails_is_dropped_with_a_warning_and_the_job_goes_on(tmp_path: Path) -> None:
