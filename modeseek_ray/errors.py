@@ -93,6 +93,12 @@ class NumericsError(ModeseekError):
     code = "numerics"
 
 
+class RoutingError(ModeseekError):
+    """Expert routes that do not fit the model, or that a forward pass did not take."""
+
+    code = "routing"
+
+
 class WorkerError(ModeseekError):
     """A worker process failed or could not be started."""
 
