@@ -9,134 +9,49 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from modeseek_ray.errors import ConfigError
+from modeseek_ray.methods import (
+    BestOfNMethod,
+    DpoHyperparameters,
+    DpoMethod,
+    Hyperparameters,
+    Lora,
+    Method,
+    OnlineMethod,
+    ReinforcementMethod,
+    Rollout,
+    SupervisedMethod,
+    Training,
+    WeightedMethod,
+)
 from modeseek_ray.strict import Strict, error_path
 from modeseek_ray.weights import Weighting
 
-Auto = Literal["auto"]
-SMALL_INT = Annotated[int, Field(ge=1, le=1_000_000)]
-
-
-class Lora(Strict):
-    """Low-rank adapters: only they are trained; the reference is the same model with them off."""
-
-    rank: int = Field(16, ge=1, le=1024)
-    alpha: float = Field(32.0, gt=0)
-    """Scale of the update: the adapter adds alpha/rank * B A."""
-    target_modules: list[str] | Auto = "auto"
-    """Linear layers to adapt; "auto" takes the attention projections."""
-    target_experts: bool = False
-    """Also adapt the expert matrices of an MoE model (they are parameters, not modules)."""
-
-
-class Training(Strict):
-    """The optimisation, whatever the weighting."""
-
-    epochs: int | Auto = Field("auto")
-    """Passes over the training file."""
-    batch_size: int | Auto = Field("auto")
-    """Samples per optimizer step, over all ranks and accumulation."""
-    learning_rate: float | Auto = "auto"
-    """Peak learning rate; "auto" is base(model size, LoRA) x learning_rate_multiplier."""
-    learning_rate_multiplier: float | Auto = "auto"
-    max_steps: int | None = Field(None, ge=1, le=10_000_000)
-    """Stop after this many steps even if epochs remain."""
-    warmup_share: float = Field(0.0, ge=0, le=1)
-    """Share of the steps over which the learning rate rises linearly from zero."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up; linear and cosine end at zero."""
-    weight_decay: float = Field(0.0, ge=0, le=1)
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Clip the global gradient norm at this value."""
-    max_length: int | None = Field(None, ge=2, le=10_000_000)
-    """Longest sample in tokens; None = what the model allows."""
-    truncate: bool = False
-    """Cut longer samples (and count them) instead of refusing the file."""
-    aggregation: Literal["token", "sequence", "sum"] = "token"
-    """Divide the loss by trained tokens, average within each sample first, or sum each sample's tokens and
-    average over samples. Preference pairs are of whole responses: there `sum` is the default."""
-    lora: Lora | None = None
-    replay_share: float = Field(0.0, ge=0, lt=1)
-    """Share of each batch taken from `replay_file`."""
-    evaluate_every: int | Auto = "auto"
-    """Steps between evaluations; "auto" is ten times in the job. Also before the first and after the last step."""
-    checkpoint_every: int | Auto = "auto"
-    """Steps between checkpoints; "auto" is four times in the job, and at the end."""
-    keep_checkpoints: int = Field(2, ge=2, le=100)
-
-    @model_validator(mode="after")
-    def _ranges(self) -> Training:
-        for name in ("epochs", "batch_size", "evaluate_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value != "auto" and not 1 <= value <= 1_000_000:
-                raise ValueError(f'{name} must be "auto" or between 1 and 1000000, not {value}')
-        for name in ("learning_rate", "learning_rate_multiplier"):
-            value = getattr(self, name)
-            if value != "auto" and not 0 < value <= 100:
-                raise ValueError(f'{name} must be "auto" or in (0, 100], not {value}')
-        return self
-
-
-class WeightedMethod(Weighting):
-    """`method.weighted`: how much each sample counts, and the training."""
-
-    training: Training = Training()
-
-
-class Hyperparameters(Strict):
-    """OpenAI's three knobs."""
-
-    batch_size: int | Auto = "auto"
-    learning_rate_multiplier: float | Auto = "auto"
-    n_epochs: int | Auto = "auto"
-
-
-class SupervisedMethod(Strict):
-    """`method.supervised`: every sample counts by its prior alone."""
-
-    hyperparameters: Hyperparameters = Hyperparameters()
-    training: Training = Training()
-
-
-class DpoHyperparameters(Hyperparameters):
-    """OpenAI's knobs of preference training; `batch_size` counts pairs."""
-
-    beta: float | Auto = "auto"
-    """How closely the policy keeps to the start while it learns the preferences; "auto" is 0.1."""
-
-    @model_validator(mode="after")
-    def _range(self) -> DpoHyperparameters:
-        if self.beta != "auto" and not 0 < self.beta <= 100:
-            raise ValueError(f'beta must be "auto" or in (0, 100], not {self.beta}')
-        return self
-
-
-class DpoMethod(Strict):
-    """`method.dpo`: direct preference optimisation on rows of a preferred and a non-preferred output."""
-
-    hyperparameters: DpoHyperparameters = DpoHyperparameters()
-    training: Training = Training()
-
-
-class Method(Strict):
-    """Which training, with the block of the same name."""
-
-    type: Literal["supervised", "weighted", "dpo"]
-    supervised: SupervisedMethod | None = None
-    weighted: WeightedMethod | None = None
-    dpo: DpoMethod | None = None
-
-    @model_validator(mode="after")
-    def _one_block(self) -> Method:
-        for name in ("supervised", "weighted", "dpo"):
-            if name != self.type and getattr(self, name) is not None:
-                raise ValueError(f"method.{name} is given but method.type is {self.type!r}; drop one of them")
-        return self
+__all__ = [
+    "BestOfNMethod",
+    "DpoHyperparameters",
+    "DpoMethod",
+    "Hyperparameters",
+    "Integration",
+    "JobConfig",
+    "Lora",
+    "Method",
+    "OnlineMethod",
+    "ReinforcementMethod",
+    "Resources",
+    "Rollout",
+    "SupervisedMethod",
+    "Training",
+    "WeightedMethod",
+    "config_error",
+    "parse_config",
+    "read_config",
+]
 
 
 class Resources(Strict):
@@ -147,7 +62,15 @@ class Resources(Strict):
     zero_stage: int = Field(2, ge=0, le=3)
     """0 replicates everything; 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     scorers: int = Field(1, ge=1, le=4096)
-    """Reference actors that score the data set before training."""
+    """Reference actors that score the data set before training, or online samples as they come."""
+    generators: int = Field(1, ge=1, le=4096)
+    """vLLM engines that write the samples of an online job."""
+    generator_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the engines' weights and activations; "auto" is the trainers'."""
+    tensor_parallel: int = Field(1, ge=1, le=64)
+    """GPUs an engine is spread over."""
+    kv_cache_gib: float = Field(1.0, gt=0, le=1024)
+    """Host memory an engine on the CPU keeps for keys and values."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and activations in training; log-softmax is always float32."""
     offload_optimizer: bool = False
@@ -226,8 +149,34 @@ class JobConfig(Strict):
         return self
 
     @property
-    def _block(self) -> SupervisedMethod | WeightedMethod | DpoMethod:
+    def online(self) -> OnlineMethod | None:
+        """The online loop's settings; OpenAI's `reinforcement` is one."""
+        method = self.method
+        return method.reinforcement.online() if method.reinforcement is not None else method.online
+
+    @property
+    def best_of_n(self) -> BestOfNMethod | None:
+        return self.method.best_of_n
+
+    @property
+    def rollout(self) -> Rollout | None:
+        """How samples are written, where the job writes any: its training file is then one of prompts."""
+        writes = self.online or self.best_of_n
+        return None if writes is None else writes.rollout
+
+    @property
+    def grader(self) -> Any:
+        """The section of the grader, or None."""
+        writes = self.online or self.best_of_n
+        return None if writes is None else writes.grader
+
+    @property
+    def _block(self) -> SupervisedMethod | WeightedMethod | DpoMethod | OnlineMethod:
         """The chosen method's block, filled in where it was left out."""
+        if self.online is not None:
+            return self.online
+        if self.best_of_n is not None:
+            return self.best_of_n.then or WeightedMethod()
         blocks = {"supervised": SupervisedMethod, "weighted": WeightedMethod, "dpo": DpoMethod}
         return getattr(self.method, self.method.type) or blocks[self.method.type]()
 
@@ -236,14 +185,15 @@ class JobConfig(Strict):
         """The training block of the chosen method, OpenAI's hyperparameters folded in."""
         block = self._block
         knobs = self.hyperparameters
-        if not isinstance(block, WeightedMethod) and block.hyperparameters != type(block.hyperparameters)():
-            knobs = block.hyperparameters
+        if isinstance(block, SupervisedMethod | DpoMethod):
+            own = block.hyperparameters
+            knobs = knobs if own == type(own)() else own
         names = {
             "batch_size": "batch_size",
             "learning_rate_multiplier": "learning_rate_multiplier",
             "n_epochs": "epochs",
         }
-        changes = {
+        changes: dict[str, Any] = {
             ours: v for theirs, ours in names.items() if knobs and (v := getattr(knobs, theirs)) != "auto"
         }
         is_preference = self.weighting.reward.scheme == "preference"
@@ -251,6 +201,8 @@ class JobConfig(Strict):
             changes["aggregation"] = "sum"
         if self.method.type == "dpo" and "batch_size" in changes:
             changes["batch_size"] *= 2  # theirs counts pairs, ours samples
+        if self.online is not None:
+            changes["batch_size"] = self.online.rollout.samples_per_round
         if not changes:
             return block.training
         return Training.model_validate({**block.training.model_dump(exclude_unset=True), **changes})
@@ -259,7 +211,7 @@ class JobConfig(Strict):
     def weighting(self) -> Weighting:
         """The weighting; plain SFT is the uniform one."""
         block = self._block
-        if isinstance(block, WeightedMethod):
+        if isinstance(block, WeightedMethod | OnlineMethod):
             return block
         if isinstance(block, DpoMethod):
             beta = block.hyperparameters.beta

@@ -3,7 +3,7 @@ import inside a function or under TYPE_CHECKING counts as well.
 
     errors, types, strict
       <- weights, rewards, objectives.parameters, routing.wire     pure functions and their parameters
-      <- config                                                    all a user may ask for
+      <- methods, config                                           all a user may ask for
       <- data, jobs, retention, reports, client                    one concern each
       <- service                                                   puts them behind HTTP
     playground stands on config and data; the torch halves of objectives and routing serve actors
@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives.parameters": set(),
     "routing.wire": set(),
     "weights": {"objectives.parameters"},  # a weighting names its token factor and KL, with their parameters
-    "config": FOUNDATION,
+    "methods": FOUNDATION,
+    "config": FOUNDATION | {"methods"},
     "data": FOUNDATION | {"config"},
     # The plan of a job counts its rows and tokens; model names include the playground's.
     "jobs": FOUNDATION | {"config", "data", "playground"},

@@ -5,7 +5,7 @@ The same checks behind `modeseek check`, `modeseek run` and the service's valida
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +61,47 @@ def preflight(config: JobConfig, data: DataReport, model_path: Path, *, has_beha
     """Check data and weighting against each other. Raises the first problem as its own error."""
     check_integrations(config)
     data.raise_if_bad()
-    problems = check_weighting(config.weighting, facts_of(config, data, has_behavior=has_behavior))
+    model = ModelInfo.read(model_path)
+    refuse_replay_without_experts(config, model)
+    problems = [
+        replace(problem, param=problem.param.replace("method.weighted", f"method.{config.method.type}", 1))
+        for problem in check_weighting(config.weighting, facts_of(config, data, has_behavior=has_behavior))
+    ]
     for problem in problems:
         if problem.severity == "error":
             raise problem.error()
     warnings = [Warn(p.code, f"{p.message} {p.mend}", p.param) for p in problems]
-    return Preflight(data, plan(config, ModelInfo.read(model_path), data), (*data.warnings, *warnings))
+    return Preflight(data, plan(config, model, data), (*data.warnings, *warnings))
+
+
+def refuse_replay_without_experts(config: JobConfig, model: ModelInfo) -> None:
+    """Raise `ConfigError` where routes are to be replayed and the model has none."""
+    if config.online is not None and config.online.routing_replay is not None and not model.is_moe:
+        raise ConfigError(
+            f"routing replay needs an MoE model; {model.architecture} is dense.",
+            param="method.online.routing_replay",
+            mend="Drop it, or choose an MoE model.",
+        )
 
 
 def facts_of(config: JobConfig, data: DataReport, *, has_behavior: bool) -> Facts:
     """What the weighting's own checks want to know of the data."""
     training = data.training
     batch_size = config.training.batch_size
+    if config.rollout is not None:  # samples, their rewards and log-probabilities are made by the job
+        return Facts(
+            batch_size=config.rollout.samples_per_round,
+            has_rewards=True,
+            has_log_behavior=True,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            inner_steps=config.training.inner_steps,
+        )
     return Facts(
         batch_size=None if batch_size == "auto" else batch_size,
         has_rewards=training.has_rewards,
         has_log_behavior=training.has_logprobs or has_behavior,
         samples_per_prompt=training.largest_group,
         smallest_reward=training.smallest_reward if training.has_rewards else None,
+        inner_steps=config.training.inner_steps,
         replay_share=config.training.replay_share,
     )

@@ -11,10 +11,12 @@ from modeseek_ray.config import JobConfig
 from modeseek_ray.data.batching import padding_share
 from modeseek_ray.data.loading import read_rows, tokenise
 from modeseek_ray.data.problems import Problems
+from modeseek_ray.data.prompts import encode_prompt, read_prompts
 from modeseek_ray.data.report import DataReport, FileReport
 from modeseek_ray.data.rows import ROLES, Role
 from modeseek_ray.data.tokenizer import ChatTokenizer
 from modeseek_ray.errors import DataError, Warn
+from modeseek_ray.rewards import check_grader
 from modeseek_ray.weights import needs
 
 
@@ -46,6 +48,26 @@ def inspect_file(
     return report
 
 
+def inspect_prompts(
+    path: Path | str,
+    tokenizer: ChatTokenizer | None = None,
+    *,
+    max_tokens: int | None = None,
+    name: str | None = None,
+) -> FileReport:
+    """The same for a file of questions, of at most `max_tokens` tokens each."""
+    problems = Problems(name or str(path))
+    report = FileReport(problems.file, "training", problems, max_length=max_tokens)
+    for row in read_prompts(path, problems):
+        try:
+            prompt = None if tokenizer is None else encode_prompt(row, tokenizer, max_tokens)
+        except DataError as error:
+            problems.add(error, row.number + 1)
+        else:
+            report.add_prompt(row, 0 if prompt is None else len(prompt.token_ids_T))
+    return report
+
+
 def inspect_job(
     config: JobConfig,
     files: Mapping[str, Path],
@@ -63,10 +85,15 @@ def inspect_job(
     tokenizer = None if model_dir is None else ChatTokenizer(model_dir)
     limits = [config.training.max_length, tokenizer.max_length if tokenizer else None]
     max_length = min((limit for limit in limits if limit is not None), default=None)
-    reports = {}
+    reports: dict[Role, FileReport] = {}
     for role in ROLES:
         key = next((k for k in (role, f"{role}_file") if k in files), None)
-        if key is not None:
+        if key is not None and role == "training" and config.rollout is not None:
+            room = None if max_length is None else max_length - config.rollout.max_tokens
+            reports[role] = inspect_prompts(
+                files[key], tokenizer, max_tokens=room, name=(names or {}).get(key)
+            )
+        elif key is not None:
             report = inspect_file(
                 files[key],
                 tokenizer,
@@ -77,7 +104,10 @@ def inspect_job(
             )
             report.padding_share = _padding_share(report, config)
             reports[role] = report
-    warnings = [*_check_training(config, reports["training"])] if "training" in reports else []
+    warnings: list[Warn] = []
+    if "training" in reports:
+        check = _check_training if config.rollout is None else _check_prompts
+        warnings += check(config, reports["training"])
     warnings += [warn for report in reports.values() for warn in _warn_file(report)]
     return DataReport(reports, tuple(warnings))
 
@@ -142,6 +172,24 @@ def _check_training(config: JobConfig, report: FileReport) -> Iterator[Warn]:
     if "rewards" in wanted and report.has_rewards and report.smallest_reward == report.largest_reward:
         yield Warn(
             "equal_rewards", f"all rewards are {report.largest_reward}: they tell no row from another."
+        )
+
+
+def _check_prompts(config: JobConfig, report: FileReport) -> Iterator[Warn]:
+    """What the grader reads must be there. Raises ConfigError where no row has it."""
+    if report.rows == 0:
+        return
+    check_grader(config.grader, fields=report.item_fields, param=f"method.{config.method.type}.grader")
+    if report.prior_sum == 0:
+        report.problems.add(
+            DataError("every row has weight 0.", mend="Give some rows a weight above 0.", code="bad_weight")
+        )
+    rollout = config.rollout
+    if rollout is not None and report.rows < rollout.prompts_per_round:
+        yield Warn(
+            "few_prompts",
+            f"a round takes {rollout.prompts_per_round} prompts, the file has {report.rows}: some come twice.",
+            param=f"method.{config.method.type}.rollout.prompts_per_round",
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modeseek_ray.data.problems import Problems, raise_first
+from modeseek_ray.data.prompts import PromptRow
 from modeseek_ray.data.rows import Role, Row
 from modeseek_ray.errors import Warn
 from modeseek_ray.types import Sample
@@ -41,7 +42,20 @@ class FileReport:
     tasks: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
     """Tokens of each sample."""
+    item_fields: set[str] = field(default_factory=set)
+    """Of prompt rows: what graders can read, in any row."""
     _labelled: Counter[str | int] = field(default_factory=Counter)
+
+    def add_prompt(self, row: PromptRow, num_tokens: int = 0) -> None:
+        """A question that the generator answers; `num_tokens` 0 = not counted."""
+        self.rows += 1
+        self.prior_sum += row.prior
+        self.item_fields |= row.item.keys()
+        if row.task:
+            self.tasks[row.task] += 1
+        if num_tokens:
+            self.tokens += num_tokens
+            self.lengths.append(num_tokens)
 
     def add_row(self, row: Row) -> None:
         self.rows += 1

@@ -1,10 +1,11 @@
-"""Records to rows: the three shapes of a row, its fields, their ranges. No tokenizer needed.
+"""Records to rows: the four shapes of a row, its fields, their ranges. No tokenizer needed.
 
 Chat:        {"messages": [{"role", "content", "weight"?}, …], "tools"?, …}
 Completion:  {"prompt": …, "completion": …, …}
+Tokens:      {"token_ids": […], "prompt_tokens": n, …}    (the rollouts of another job, as it wrote them)
 Preference:  {"input": {"messages": […], "tools"?}, "preferred_output": […], "non_preferred_output": […]}
 
-and on the first two: `weight` (prior, >= 0), `reward`, `group` (rows of one prompt share it), `logprobs`
+and on the first three: `weight` (prior, >= 0), `reward`, `group` (rows of one prompt share it), `logprobs`
 (the sampler's, one number per trained token or their sum, nats), `id` (unique), `task` (a label),
 and in validation and retention files `accept` (other right answers). A preference row (OpenAI's) may
 have `weight`, `id` and `task`; it is parsed in `preference.py`.
@@ -18,6 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from modeseek_ray.data.preference import PREFERENCE_FIELDS, conversations
 from modeseek_ray.data.reader import Record
 from modeseek_ray.errors import DataError
@@ -30,6 +34,7 @@ MAX_MAGNITUDE = 1e6
 _COMMON_FIELDS = {"weight", "id", "reward", "group", "logprobs", "task", "accept"}
 _CHAT_FIELDS = _COMMON_FIELDS | {"messages", "tools", "parallel_tool_calls"}
 _COMPLETION_FIELDS = _COMMON_FIELDS | {"prompt", "completion"}
+_TOKENS_FIELDS = _COMMON_FIELDS | {"token_ids", "prompt_tokens"}
 _MESSAGE_FIELDS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id", "reasoning_content"}
 _ROLES_OF_MESSAGES = {"system", "developer", "user", "assistant", "tool", "function"}
 
@@ -52,11 +57,22 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """What a generator was given and wrote, as it was: nothing is tokenised again."""
+
+    token_ids_T: NDArray[np.int32]
+    num_prompt: int
+
+
+Answer = Chat | Completion | Tokens
+
+
+@dataclass(frozen=True)
 class Row:
     """A record that has passed every check that needs no tokenizer."""
 
     number: int  # line or record, counted from 0
-    answers: Sequence[Chat | Completion]  # what the row says first, then each accepted alternative
+    answers: Sequence[Answer]  # what the row says first, then each accepted alternative
     prior: float = 1.0
     reward: float | None = None
     group: str | int | None = None
@@ -67,7 +83,7 @@ class Row:
     rewards: Sequence[float] | None = None  # one per answer: a preference row, whose answers are a group
 
 
-def parse_row(number: int, record: Record, role: Role = "training") -> Row:
+def parse_row(line: int, record: Record, role: Role = "training") -> Row:
     """Check one record. A null field counts as absent. Raises DataError with a code per kind of fault.
 
     A row of a validation or retention file is graded (greedy decoding has to write its answer) if
@@ -80,40 +96,42 @@ def parse_row(number: int, record: Record, role: Role = "training") -> Row:
     """
     record = {key: value for key, value in record.items() if value is not None}
     if PREFERENCE_FIELDS & record.keys():
-        return _preference_row(number, record, role)
+        return _preference_row(line, record, role)
     is_held_out = role in ("validation", "retention")
     accept = _accept(record, is_held_out)
     is_graded = accept is not None or (is_held_out and "messages" in record and "task" in record)
     answer = _answer(record, last_only=is_graded)
     return Row(
-        number=number,
+        number=line,
         answers=[answer, *(_replace_answer(answer, other) for other in accept or ())],
-        prior=_number(record, "weight", 1.0, least=0.0),
-        reward=_number(record, "reward", None),
-        group=_label(record, "group"),
+        prior=number_field(record, "weight", 1.0, least=0.0),
+        reward=number_field(record, "reward", None),
+        group=label_field(record, "group"),
         logprobs=_logprobs(record),
-        task=_text(record, "task", ""),
-        id=_label(record, "id"),
+        task=text_field(record, "task", ""),
+        id=label_field(record, "id"),
         is_graded=is_graded,
     )
 
 
-def _preference_row(number: int, record: Record, role: Role) -> Row:
+def _preference_row(line: int, record: Record, role: Role) -> Row:
     """Two answers of one group, the preferred one rewarded; in held-out files the preferred one alone."""
     _refuse_unknown(record, PREFERENCE_FIELDS | {"weight", "id", "task"})
     answers = tuple(_chat(conversation, last_only=False) for conversation in conversations(record))
     is_pair = role == "training"
     return Row(
-        number=number,
+        number=line,
         answers=answers if is_pair else answers[:1],
-        prior=_number(record, "weight", 1.0, least=0.0),
-        task=_text(record, "task", ""),
-        id=_label(record, "id"),
+        prior=number_field(record, "weight", 1.0, least=0.0),
+        task=text_field(record, "task", ""),
+        id=label_field(record, "id"),
         rewards=(1.0, 0.0) if is_pair else None,
     )
 
 
-def _answer(record: Record, *, last_only: bool) -> Chat | Completion:
+def _answer(record: Record, *, last_only: bool) -> Answer:
+    if "token_ids" in record:
+        return _tokens(record)
     if "messages" in record:
         if "prompt" in record or "completion" in record:
             raise DataError(
@@ -128,10 +146,10 @@ def _answer(record: Record, *, last_only: bool) -> Chat | Completion:
         if name not in record:
             either = "" if {"prompt", "completion"} & set(record) else " (and no `messages`)"
             raise DataError(f"has no `{name}`{either}.", mend=f"Add `{name}`.", code="missing_field")
-    completion = _text(record, "completion", "")
+    completion = text_field(record, "completion", "")
     if not completion:
         raise DataError("`completion` is empty.", mend="Fill it or drop the row.", code="empty_completion")
-    return Completion(_text(record, "prompt", ""), completion)
+    return Completion(text_field(record, "prompt", ""), completion)
 
 
 def _chat(record: Record, last_only: bool) -> Chat:
@@ -163,10 +181,37 @@ def _chat(record: Record, last_only: bool) -> Chat:
             mend="Add one, or set a message's `weight` to 1.",
             code="no_trained_token",
         )
-    tools = record.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        raise DataError("`tools` is not a list of objects.", mend="Give JSON schemas.", code="wrong_type")
-    return Chat(messages, trained, tools)
+    return Chat(messages, trained, tools_field(record))
+
+
+def parse_messages(given: Any) -> list[Mapping[str, Any]]:
+    """The messages of a question, each checked. Raises DataError."""
+    if not isinstance(given, list) or not given:
+        raise DataError("`messages` is not a list of messages.", mend="Give at least one.", code="wrong_type")
+    messages: list[Mapping[str, Any]] = []
+    for i, message in enumerate(given):
+        if not isinstance(message, dict):
+            raise DataError(
+                f"messages[{i}] is not an object.", mend="Give role and content.", code="wrong_type"
+            )
+        messages.append(_message({k: v for k, v in message.items() if v is not None}, i))
+    return messages
+
+
+def _tokens(record: Record) -> Tokens:
+    """A recorded sample: `token_ids`, of which the first `prompt_tokens` are the question."""
+    _refuse_unknown(record, _TOKENS_FIELDS)
+    given, num_prompt = record["token_ids"], record.get("prompt_tokens")
+    is_ids = isinstance(given, list) and all(type(t) is int and 0 <= t < 2**31 for t in given)
+    if not is_ids or type(num_prompt) is not int or num_prompt < 0:
+        raise DataError(
+            "`token_ids` is no list of token ids, or `prompt_tokens` no count of them.",
+            mend="Give both as a job's rollouts file has them.",
+            code="wrong_type",
+        )
+    if num_prompt >= len(given):
+        raise DataError("`token_ids` has nothing after the prompt.", mend="Drop it.", code="empty_completion")
+    return Tokens(np.array(given, dtype=np.int32), num_prompt)
 
 
 def _message(message: Record, i: int) -> dict[str, Any]:
@@ -244,7 +289,11 @@ def _accept(record: Record, is_held_out: bool) -> list[str] | None:
     return list(dict.fromkeys(accept))
 
 
-def _replace_answer(answer: Chat | Completion, text: str) -> Chat | Completion:
+def _replace_answer(answer: Answer, text: str) -> Answer:
+    if isinstance(answer, Tokens):
+        raise DataError(
+            "`accept` needs a row of `messages` or `prompt`.", mend="Remove it.", code="unknown_field"
+        )
     if isinstance(answer, Completion):
         return Completion(answer.prompt, text)
     last = max(i for i, message in enumerate(answer.messages) if message["role"] == "assistant")
@@ -274,7 +323,8 @@ def _logprobs(record: Record) -> float | list[float] | None:
     return [float(n) for n in value] if isinstance(value, list) else float(value)
 
 
-def _number(record: Record, name: str, default: float | None, least: float = -MAX_MAGNITUDE) -> Any:
+def number_field(record: Record, name: str, default: float | None, least: float = -MAX_MAGNITUDE) -> Any:
+    """A finite number of ordinary size, at least `least`; `default` where there is none. Raises DataError."""
     value = record.get(name)
     if value is None:
         return default
@@ -291,14 +341,24 @@ def _number(record: Record, name: str, default: float | None, least: float = -MA
     return float(value)
 
 
-def _label(record: Record, name: str) -> str | int | None:
+def label_field(record: Record, name: str) -> str | int | None:
+    """A text or an integer, or None. Raises DataError."""
     value = record.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
         raise DataError(f"`{name}` is neither text nor an integer.", mend="Write a label.", code="wrong_type")
     return value
 
 
-def _text(record: Record, name: str, default: str) -> str:
+def tools_field(record: Record) -> Any:
+    """`tools`, a list of JSON schemas, or None."""
+    tools = record.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        raise DataError("`tools` is not a list of objects.", mend="Give JSON schemas.", code="wrong_type")
+    return tools
+
+
+def text_field(record: Record, name: str, default: str) -> str:
+    """A text; `default` where there is none. Raises DataError."""
     value = record.get(name, default)
     if not isinstance(value, str):
         raise DataError(f"`{name}` is not text.", mend="Write a string.", code="wrong_type")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from modeseek_ray.data.rows import Chat, Completion
+from modeseek_ray.data.rows import Answer, Chat, Completion, Tokens
 from modeseek_ray.data.template import ChatTemplate, Message, Span
 from modeseek_ray.errors import DataError, ModelError
 from modeseek_ray.types import BoolArray
@@ -76,17 +76,20 @@ class ChatTokenizer:
         self.fingerprint = self._fingerprint()
         """Changes with anything that changes tokens: vocabulary, merges, template, special tokens."""
 
-    def encode(self, rows: Sequence[Chat | Completion]) -> list[Encoded | DataError]:
+    def encode(self, rows: Sequence[Answer]) -> list[Encoded | DataError]:
         """Tokens and masks of many rows at once; a row the template refuses gives its error instead.
 
         Chat rows are the template's text tokenised as a whole; the assistant's characters, including
         the end-of-turn token, are trained. Prompt and completion are tokenised apart, because that
         is what the model meets when it is asked to continue the prompt, and an eos token is added.
+        Recorded tokens stay as they are.
         Raises ModelError if a chat row comes and the model has no template.
         """
         chats = {i: row for i, row in enumerate(rows) if isinstance(row, Chat)}
         completions = {i: row for i, row in enumerate(rows) if isinstance(row, Completion)}
-        found: dict[int, Encoded | DataError] = {}
+        found: dict[int, Encoded | DataError] = {
+            i: _recorded(row) for i, row in enumerate(rows) if isinstance(row, Tokens)
+        }
         if chats:
             found.update(zip(chats, self._encode_chats([*chats.values()]), strict=True))
         if completions:
@@ -204,6 +207,11 @@ class ChatTokenizer:
         template = "" if self.template is None else self.template.source
         parts = [self._tokenizer.to_str(), template, json.dumps(self.special_tokens, sort_keys=True)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _recorded(row: Tokens) -> Encoded:
+    position_T = np.arange(len(row.token_ids_T))
+    return Encoded(row.token_ids_T, (position_T >= row.num_prompt) & (position_T > 0))
 
 
 def _mask(encoding: Encoding, spans: Sequence[Span]) -> Encoded:

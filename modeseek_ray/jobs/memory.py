@@ -21,6 +21,7 @@ HEAD_CHUNK_BYTES = 64 * 2**20  # of float32 logits at a time (objectives/logprob
 ACTIVATION_WIDTHS_DENSE, ACTIVATION_WIDTHS_MOE = 29, 38
 # A process with torch, DeepSpeed and its libraries loaded, before any model.
 TRAINER_BASE_BYTES, SCORER_BASE_BYTES, DRIVER_BASE_BYTES = 650_000_000, 500_000_000, 350_000_000
+GENERATOR_BASE_BYTES = 1_900_000_000  # the same with vLLM, seen on the CPU
 
 SYMBOLS = "P parameters, A trainable parameters, R trainer ranks, L layers, h width, V vocabulary, b bytes per value"
 ASSUMPTIONS = (
@@ -44,6 +45,12 @@ class Part:
 
 def value_bytes(resources: Resources) -> int:
     return 2 if resources.dtype == "bfloat16" else 4
+
+
+def generator_bytes(resources: Resources) -> int:
+    """Bytes per value in the engines that write samples."""
+    dtype = resources.dtype if resources.generator_dtype == "auto" else resources.generator_dtype
+    return 2 if dtype == "bfloat16" else 4
 
 
 def effective_stage(resources: Resources) -> int:

@@ -25,7 +25,7 @@ LEDGER_BYTES_PER_SAMPLE = 25  # a row of weights.parquet, compressed
 class Processes:
     """Some processes of one kind. A trainer without GPUs has everything in host memory."""
 
-    role: Literal["driver", "scorer", "trainer"]
+    role: Literal["driver", "scorer", "trainer", "generator"]
     count: int
     phase: Phase
     cpus_each: float
@@ -82,6 +82,7 @@ def plan(config: JobConfig, model_info: ModelInfo, data_report: DataReport | Non
     processes = [
         _driver(),
         *_scorers(config, model_info),
+        *_generators(config, model_info),
         _trainers(config, model_info, training, data_report),
     ]
     busiest = {
@@ -110,11 +111,18 @@ def _training(
         return None, []
     return resolve_training(
         config.training,
-        num_rows=data.training.rows + data.training.pairs,  # a pair is two samples
+        num_rows=_num_samples(config, data),
         num_parameters=model.num_parameters,
         has_lora=config.training.lora is not None,
         largest_group=data.training.largest_group,
     )
+
+
+def _num_samples(config: JobConfig, data: DataReport) -> int:
+    """Samples of one epoch: a pair is two, a prompt as many as are written for it."""
+    if config.rollout is not None:
+        return data.training.rows * config.rollout.samples_per_prompt
+    return data.training.rows + data.training.pairs
 
 
 def _tokens(training: ResolvedTraining | None, data: DataReport | None) -> int | None:
@@ -155,6 +163,32 @@ def _scorers(config: JobConfig, model: ModelInfo) -> list[Processes]:
             "score",
             cpus_each=resources.cpus_per_worker,
             gpus_each=resources.gpus_per_worker,
+            host=(base,) if on_gpu else (base, *parts),
+            device=parts if on_gpu else (),
+        )
+    ]
+
+
+def _generators(config: JobConfig, model: ModelInfo) -> list[Processes]:
+    """vLLM engines: weights once more, and the cache of keys and values."""
+    if config.rollout is None:
+        return []
+    resources = config.resources
+    on_gpu = resources.gpus_per_worker > 0
+    b = memory.generator_bytes(resources)
+    cache = round(resources.kv_cache_gib * 2**30)
+    parts = (
+        Part("parameters", b * model.num_parameters, f"{b} P"),
+        Part("keys and values", cache, "resources.kv_cache_gib"),
+    )
+    base = Part("process", memory.GENERATOR_BASE_BYTES, "Python, torch, vLLM")
+    return [
+        Processes(
+            "generator",
+            resources.generators,
+            "train" if config.online is not None else "score",
+            cpus_each=resources.cpus_per_worker,
+            gpus_each=resources.gpus_per_worker * resources.tensor_parallel,
             host=(base,) if on_gpu else (base, *parts),
             device=parts if on_gpu else (),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from modeseek_ray.config import JobConfig, parse_config
 from modeseek_ray.data.loading import read_rows
 from modeseek_ray.data.problems import Problems, raise_first
+from modeseek_ray.data.prompts import read_prompts
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.jobs.errors import NotFoundError
 from modeseek_ray.jobs.integrations import check_integrations
@@ -56,7 +58,7 @@ def check(service: Service, caller: Caller, body: Any) -> Checked:
     behavior_path = None
     if behavior is not None:
         behavior_path = service.resolve_model(behavior, caller.tenant_id, "behavior_model")
-    _check_rows(service, files)
+    _check_rows(service, files, asks=config.rollout is not None)
     return Checked(config, files, model_path, behavior_path)
 
 
@@ -111,14 +113,22 @@ def _file(service: Service, caller: Caller, role: str, file_id: str) -> FileReco
     return record
 
 
-def _check_rows(service: Service, files: dict[str, FileRecord]) -> None:
-    """Read small files line by line; large ones wait for the validation process."""
+def _check_rows(service: Service, files: dict[str, FileRecord], *, asks: bool) -> None:
+    """Read small files line by line; large ones wait for the validation process.
+
+    `asks`: the training file is one of questions, which the generator answers.
+    """
     found = []
     for role, record in files.items():
         if record.bytes > service.settings.max_checked_bytes:
             continue
         problems = Problems(record.filename)
-        for _row in read_rows(Path(record.path), problems, _DATA_ROLES.get(role, "retention")):  # type: ignore[arg-type]
+        rows: Iterable[Any]
+        if asks and role == "training_file":
+            rows = read_prompts(Path(record.path), problems)
+        else:
+            rows = read_rows(Path(record.path), problems, _DATA_ROLES.get(role, "retention"))  # type: ignore[arg-type]
+        for _row in rows:
             pass
         found.append(problems)
     raise_first(found)

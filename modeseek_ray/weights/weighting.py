@@ -88,7 +88,7 @@ class Weighting(Strict):
 
 def resolve(weighting: Weighting) -> dict[str, Any]:
     """Everything spelt out, preset and defaults filled in: what to print, and what gives the same again."""
-    return weighting.model_dump(mode="json", exclude={"training"}, exclude_none=True)
+    return weighting.model_dump(mode="json", include=set(Weighting.model_fields), exclude_none=True)
 
 
 def needs(weighting: Weighting) -> frozenset[str]:
