@@ -116,13 +116,12 @@ def _sizes(module: nn.Module) -> tuple[int, int, int, int] | None:
     if not any(_calls_topk(owner) for owner in type(module).__mro__):
         return None
     num_experts, top_k = _number(module, _NUM_EXPERTS), _number(module, _TOP_K)
-    config = getattr(module, "config", None)
-    if config is not None and num_experts is None:
-        num_experts = _number(config, _NUM_EXPERTS)
-    if config is not None and top_k is None:
-        top_k = _number(config, _TOP_K)
-    if num_experts is None and top_k is not None:
-        num_experts = _routed_width(module)
+    if num_experts is None and top_k is not None:  # a block that chooses for itself: its experts know
+        found = [_number(child, _NUM_EXPERTS) for child in module.children()]
+        num_experts = next((n for n in found if n is not None), None)
+    if "Router" in type(module).__name__ and (config := getattr(module, "config", None)) is not None:
+        num_experts = num_experts or _number(config, _NUM_EXPERTS)
+        top_k = top_k or _number(config, _TOP_K)
     if num_experts is None or top_k is None:
         return None
     num_groups, top_groups = _number(module, _GROUPS) or 0, _number(module, _TOP_GROUPS) or 0
@@ -134,15 +133,6 @@ def _number(holder: Any, names: tuple[str, ...]) -> int | None:
         value = getattr(holder, name, None)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-    return None
-
-
-def _routed_width(block: nn.Module) -> int | None:
-    """A block that chooses for itself may keep the number of experts in a child alone."""
-    for child in block.children():
-        found = _number(child, _NUM_EXPERTS)
-        if found is not None:
-            return found
     return None
 
 
