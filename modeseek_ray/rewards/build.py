@@ -8,9 +8,19 @@ from typing import Any
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.rewards.expression import parse_formula
 from modeseek_ray.rewards.grader import Grader, PerSample
+from modeseek_ray.rewards.math_answer import MathGrader
 from modeseek_ray.rewards.multi import MultiGrader
-from modeseek_ray.rewards.parameters import PLUG_INS, LengthPenalty, Multi, Section, StringCheck
+from modeseek_ray.rewards.parameters import (
+    PLUG_INS,
+    LengthPenalty,
+    MathAnswer,
+    Multi,
+    Section,
+    StringCheck,
+    TextSimilarity,
+)
 from modeseek_ray.rewards.registry import bind
+from modeseek_ray.rewards.similarity import text_similarity
 from modeseek_ray.rewards.simple import length_penalty, string_check
 from modeseek_ray.rewards.template import parse_template
 
@@ -20,6 +30,10 @@ def build_grader(section: Any) -> Grader:
     match section:
         case StringCheck():
             return PerSample(string_check(section), lowest=0.0)
+        case TextSimilarity():
+            return PerSample(text_similarity(section), lowest=0.0)
+        case MathAnswer():
+            return MathGrader(section)
         case LengthPenalty():
             return PerSample(length_penalty(section))
         case Multi(graders=graders, calculate_output=text):
