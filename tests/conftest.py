@@ -6,14 +6,18 @@ same machine as `make test`: CPU only, no downloads, one thread per process (tes
 
 from __future__ import annotations
 
+import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ENVIRONMENT = {
@@ -161,6 +165,29 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
         yield ray
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Callable[[], str]]:
+    """A real PostgreSQL, started from a wheel on a socket of its own. A function: the URL of a new database."""
+    import pgserver
+
+    # As root the wheel runs it as another user, who could not enter pytest's own directories.
+    server = pgserver.get_server(Path(tempfile.mkdtemp(prefix="pg-")), cleanup_mode="delete")
+    names = (f"store_{i}" for i in itertools.count())
+
+    def create() -> str:
+        name = next(names)
+        server.psql(f"CREATE DATABASE {name};")
+        url: str = server.get_uri(database=name)
+        return url
+
+    yield create
+    # What is about to be removed need not be flushed, which would take half a minute.
+    process = psutil.Process(server.get_pid())
+    process.send_signal(signal.SIGQUIT)
+    process.wait(30)
+    server.cleanup()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`modeseek keys`: who may use the service. Acts on the store itself, so the service must not be running."""
+"""`modeseek keys`: who may use the service. Acts on the store itself, so no service may be running on SQLite."""
 
 from __future__ import annotations
 

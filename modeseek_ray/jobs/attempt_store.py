@@ -65,12 +65,13 @@ class AttemptStore:
         """The attempt is over without an end of the job. Its fence is void from here on."""
         now = self._database.clock()
         with self._database.write() as connection:
+            # A checkpoint may be committed just now, which does not raise the version.
+            committed_step = find_job(connection, job.id, lock=True).committed_step
             start_step = connection.execute(
                 select(attempts.c.start_step).where(
                     attempts.c.job_id == job.id, attempts.c.number == job.attempt
                 )
             ).scalar_one()
-            committed_step = find_job(connection, job.id).committed_step  # does not raise the version
             fruitful = committed_step is not None and committed_step > (start_step or 0)
             event = EventDraft(
                 f"Attempt {job.attempt} was lost: {reason}",

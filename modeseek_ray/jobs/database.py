@@ -3,6 +3,11 @@
 SQLite runs in WAL mode with synchronous=FULL, so that a commit that returned survives a power cut.
 Exactly one connection writes, and it alone moves the log into the database: older SQLite versions
 (3.40, Debian 12) can corrupt the log when two connections do that at once.
+
+On PostgreSQL several processes write. What a transaction is about to change it reads under a row
+lock (`history.find_job(lock=True)`), states move by compare-and-swap, and the leader's lease only
+spares work: two leaders at once would be refused move by move. Their hosts' clocks must agree to
+within a few seconds.
 """
 
 from __future__ import annotations
@@ -15,28 +20,40 @@ from typing import Any
 
 import alembic.command
 import alembic.config
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, OperationalError
 
+from modeseek_ray.errors import StorageError
 from modeseek_ray.jobs.tables import to_json_text
 
+_MIGRATION_LOCK = 0x6D6F6465  # any number that nobody else takes: "mode"
+_POSTGRES_OPTIONS = {"connect_timeout": 5, "options": "-c statement_timeout=30000 -c timezone=UTC"}
 _BUSY_TIMEOUT_MS = 30_000
 
 
 class Database:
-    """One writer, many readers. Safe to use from any thread.
+    """A store's connections. Safe to use from any thread. Raises `StorageError` where it cannot be opened.
 
     `listeners` are called with a job's id after each commit that changed the job or its events.
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
-        self.url = make_url(url)
+        self.url = _parsed(url)
         self.clock = clock
         self.listeners: list[Callable[[str], None]] = []
-        self._sqlite = self.url.get_backend_name() == "sqlite"
+        self.is_shared = self.url.get_backend_name() != "sqlite"  # other processes may write too
         self._writer = self._engine(writes=True)
         self._reader = self._engine(writes=False)
-        self._migrate()
+        try:
+            self._migrate()
+        except OperationalError as error:
+            raise StorageError(
+                f"the database cannot be opened: {error.orig}.",
+                file=self.url.render_as_string(),  # without its password
+                mend="Is it running, and is MODESEEK_STORE_URL right?",
+                code="store_unreachable",
+            ) from None
 
     def close(self) -> None:
         self._reader.dispose()
@@ -60,12 +77,16 @@ class Database:
             listener(job_id)
 
     def _engine(self, *, writes: bool) -> Engine:
-        if not self._sqlite:
+        if self.is_shared:
             return create_engine(
                 self.url,
                 json_serializer=to_json_text,
-                pool_pre_ping=True,
+                pool_pre_ping=True,  # a server that was restarted has closed what we hold
+                pool_size=8,
+                max_overflow=24,
                 isolation_level="READ COMMITTED" if writes else "REPEATABLE READ",
+                execution_options={} if writes else {"postgresql_readonly": True},
+                connect_args=_POSTGRES_OPTIONS,
             )
         engine = create_engine(
             self.url,
@@ -83,8 +104,28 @@ class Database:
         config = alembic.config.Config()
         config.set_main_option("script_location", "modeseek_ray.jobs:migrations")
         with self._writer.begin() as connection:
+            if self.is_shared:  # services that start together take turns; SQLite's write lock does it there
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
             config.attributes["connection"] = connection
             alembic.command.upgrade(config, "head")
+
+
+def _parsed(url: str) -> URL:
+    """`postgresql://…` means the driver that is installed with us."""
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+    except ArgumentError:
+        backend = ""
+    if backend == "sqlite":
+        return parsed
+    if backend not in ("postgresql", "postgres"):
+        raise StorageError(
+            "the store's URL is neither SQLite nor PostgreSQL.",
+            mend="Write MODESEEK_STORE_URL as postgresql://user:password@host:5432/database, or leave it away.",
+            code="store_unreachable",
+        )
+    return parsed.set(drivername="postgresql+psycopg")
 
 
 def _configure(connection: sqlite3.Connection) -> sqlite3.Cursor:

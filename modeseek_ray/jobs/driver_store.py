@@ -12,7 +12,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from modeseek_ray.jobs.attempt_store import digest, find_attempt, update_attempt
 from modeseek_ray.jobs.database import Database
-from modeseek_ray.jobs.errors import IllegalTransitionError, StaleFenceError, TokenError
+from modeseek_ray.jobs.errors import IllegalTransitionError, NotFoundError, StaleFenceError, TokenError
 from modeseek_ray.jobs.history import append_events, find_job, move_job
 from modeseek_ray.jobs.records import CheckpointRecord, EventDraft, JobRecord, Results, new_id
 from modeseek_ray.jobs.states import DRIVER_STATES
@@ -52,7 +52,7 @@ class DriverStore:
     def authorize(self, bearer: Bearer) -> JobRecord:
         """The job this driver may speak for."""
         with self._database.read() as connection:
-            return _check(connection, bearer)
+            return _check(connection, bearer, lock=False)
 
     def heartbeat(self, bearer: Bearer, progress: Progress) -> tuple[str, float]:
         """Renew the lease and note progress. Returns what is desired and until when the lease holds."""
@@ -228,12 +228,20 @@ _SENTENCES = {
 }
 
 
-def _check(connection: Connection, bearer: Bearer, repeating: str | None = None) -> JobRecord:
-    """The job, if this driver is the one it has. `repeating` lets a driver repeat its own last word."""
+def _check(
+    connection: Connection, bearer: Bearer, repeating: str | None = None, *, lock: bool = True
+) -> JobRecord:
+    """The job, if this driver is the one it has. `repeating` lets a driver repeat its own last word.
+
+    The job stays locked: an attempt that is lost meanwhile waits until this driver's write is whole.
+    """
+    try:
+        job = find_job(connection, bearer.job_id, lock=lock)
+    except NotFoundError as error:
+        raise StaleFenceError(error.message, mend="This driver must stop.") from None
     attempt = find_attempt(connection, bearer.job_id, bearer.attempt)
     if not hmac.compare_digest(attempt.token_sha256, digest(bearer.token)):
         raise TokenError("the attempt's token is wrong.", mend="This driver must stop.")
-    job = find_job(connection, bearer.job_id)
     own_last_word = repeating is not None and job.state == repeating and attempt.outcome == repeating
     live = not job.terminal and attempt.ended_at is None
     if bearer.fence != job.fence or bearer.attempt != job.attempt or not (live or own_last_word):

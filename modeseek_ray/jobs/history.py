@@ -16,9 +16,17 @@ from modeseek_ray.jobs.states import TERMINAL, is_legal
 from modeseek_ray.jobs.tables import events, jobs
 
 
-def find_job(connection: Connection, job_id: str, tenant_id: str | None = None) -> JobRecord:
-    """Read a job. Another tenant's job does not exist. Raises `NotFoundError`."""
+def find_job(
+    connection: Connection, job_id: str, tenant_id: str | None = None, *, lock: bool = False
+) -> JobRecord:
+    """Read a job. Another tenant's job does not exist. Raises `NotFoundError`.
+
+    `lock` what the same transaction then changes, or adds to: nobody else does so before it ends.
+    Lock a job before its attempts, always, so that two transactions cannot wait for each other.
+    """
     query = select(jobs).where(jobs.c.id == job_id)
+    if lock:
+        query = query.with_for_update()  # SQLite has one writer anyway, and ignores it
     if tenant_id is not None:
         query = query.where(jobs.c.tenant_id == tenant_id)
     row = connection.execute(query).one_or_none()

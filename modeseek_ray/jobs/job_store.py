@@ -151,7 +151,7 @@ class JobStore:
         """
         now = self._database.clock()
         with self._database.write() as connection:
-            job = find_job(connection, job_id, tenant_id)
+            job = find_job(connection, job_id, tenant_id, lock=True)
             if job.state == "cancelling":
                 return job
             asked = EventDraft("Cancellation was asked for.", data={"state": "cancelling"})
@@ -171,7 +171,7 @@ class JobStore:
         """
         now = self._database.clock()
         with self._database.write() as connection:
-            job = find_job(connection, job_id, tenant_id)
+            job = find_job(connection, job_id, tenant_id, lock=True)
             if job.state == "paused" or (job.desired == "pause" and not job.terminal):
                 return job
             asked = EventDraft("A pause was asked for.", data={"state": "pausing"})
@@ -194,7 +194,7 @@ class JobStore:
         """
         now = self._database.clock()
         with self._database.write() as connection:
-            job = find_job(connection, job_id, tenant_id)
+            job = find_job(connection, job_id, tenant_id, lock=True)
             if job.state == "paused":
                 event = EventDraft("The job goes on from its last checkpoint.", data={"state": "queued"})
                 changes = {"desired": "run", "fruitless_attempts": 0}
@@ -218,7 +218,7 @@ class JobStore:
     def add_event(self, job_id: str, event: EventDraft) -> None:
         """Add a line to the history of a job that has not ended; after its end nothing is added."""
         with self._database.write() as connection:
-            if find_job(connection, job_id).terminal:
+            if find_job(connection, job_id, lock=True).terminal:
                 return
             append_events(connection, job_id, [event], self._database.clock())
         self._database.announce(job_id)

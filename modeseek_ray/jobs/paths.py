@@ -35,7 +35,8 @@ class Home:
 
     @property
     def store_url(self) -> str:
-        return f"sqlite:///{self.root / 'store.sqlite3'}"
+        """`MODESEEK_STORE_URL` (it holds a password: never a command line), or SQLite in here."""
+        return os.environ.get("MODESEEK_STORE_URL") or f"sqlite:///{self.root / 'store.sqlite3'}"
 
     @property
     def files(self) -> Path:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from sqlalchemy import insert, select, update
+from sqlalchemy.exc import IntegrityError
 
 from modeseek_ray.jobs.attempt_store import AttemptStore
 from modeseek_ray.jobs.database import Database
@@ -60,9 +62,11 @@ class Store:
         now = self.database.clock()
         with self.database.write() as connection:
             row = connection.execute(select(leases).where(leases.c.name == name)).one_or_none()
-            if row is None:
-                connection.execute(insert(leases).values(name=name, holder=holder, until=now + duration_s))
-                return True
+        if row is None:
+            # Free to take, for whoever comes first; on PostgreSQL two may come at once.
+            with suppress(IntegrityError), self.database.write() as connection:
+                connection.execute(insert(leases).values(name=name, holder="", until=0.0))
+        with self.database.write() as connection:
             taken = connection.execute(
                 update(leases)
                 .where(leases.c.name == name, (leases.c.holder == holder) | (leases.c.until < now))

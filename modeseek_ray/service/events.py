@@ -78,10 +78,20 @@ async def _stream(service: Service, job_id: str, sequence: int) -> AsyncIterator
             if job.terminal and sequence >= job.last_event:
                 yield format_sse_event(data_str="[DONE]")
                 return
-            with suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), service.settings.sse_keepalive_s)
-                continue
-            yield KEEPALIVE_COMMENT
+            if not await _changed(changed, service):
+                yield KEEPALIVE_COMMENT
+
+
+async def _changed(changed: asyncio.Event, service: Service) -> bool:
+    """Wait for a change; False when it is time for a sign of life.
+
+    Of what another service writes into a shared store nobody tells us: look every second.
+    """
+    alone = not service.store.database.is_shared
+    timeout_s = service.settings.sse_keepalive_s if alone else min(1.0, service.settings.sse_keepalive_s)
+    with suppress(TimeoutError):
+        return await asyncio.wait_for(changed.wait(), timeout_s)
+    return False
 
 
 def _sequence(job_id: str, event_id: str | None) -> int | None:

@@ -8,6 +8,7 @@ import time
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from modeseek_ray.service.errors import RequestError, error_response
 from modeseek_ray.service.metrics import Metrics
 
 
@@ -36,8 +37,12 @@ class RequestIds:
                 headers["x-content-type-options"] = "nosniff"
             await send(message)
 
+        app: ASGIApp = self._app
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            # PostgreSQL cannot even compare with such a text.
+            app = error_response(RequestError("the URL holds a NUL character.", mend="Leave it away."))
         try:
-            await self._app(scope, receive, send_with_id)
+            await app(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "none")
             labels = (scope["method"], route, str(status))

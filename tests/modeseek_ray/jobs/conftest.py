@@ -82,8 +82,20 @@ def home(tmp_path: Path) -> Home:
 
 
 @pytest.fixture
-def store(home: Home, clock: Clock) -> Iterator[Store]:
-    store = Store(home.store_url, clock=clock)
+def store_url(home: Home) -> str:
+    """SQLite; test files that are about the store itself run on PostgreSQL, too."""
+    return home.store_url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either_url(request: pytest.FixtureRequest, home: Home) -> str:
+    """The URL of an empty store, on each of the two databases."""
+    return home.store_url if request.param == "sqlite" else request.getfixturevalue("postgres")()
+
+
+@pytest.fixture
+def store(store_url: str, clock: Clock) -> Iterator[Store]:
+    store = Store(store_url, clock=clock)
     yield store
     store.close()
 

@@ -16,6 +16,11 @@ SETTINGS = ReconcilerSettings(status_every_s=0, pause_grace_s=100)
 
 
 @pytest.fixture
+def store_url(either_url: str) -> str:
+    return either_url
+
+
+@pytest.fixture
 def passes(store: Store, home: Any, launcher: Any, validator: Any) -> Any:
     """Advance the reconciler by hand: `await passes(n)`."""
     import asyncio

@@ -15,6 +15,7 @@ import sqlalchemy
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
+from modeseek_ray.errors import StorageError
 from modeseek_ray.jobs.driver_store import Bearer, Progress
 from modeseek_ray.jobs.errors import (
     ConflictError,
@@ -24,10 +25,15 @@ from modeseek_ray.jobs.errors import (
     StaleFenceError,
     TokenError,
 )
-from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.records import EventDraft, Results, event_id, event_sequence
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.jobs.tables import metadata
+
+
+@pytest.fixture
+def store_url(either_url: str) -> str:
+    """Every test of this file runs on SQLite and on PostgreSQL."""
+    return either_url
 
 
 def sequences(store: Store, job_id: str) -> list[int]:
@@ -39,22 +45,80 @@ def test_migrations_lead_to_the_schema_in_the_code(store: Store) -> None:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
 
 
-def test_opening_again_keeps_everything(store: Store, home: Home, helpers: Any) -> None:
+def test_opening_again_keeps_everything(store: Store, store_url: str, helpers: Any) -> None:
     job = helpers.submit(store)
-    again = Store(home.store_url)
+    again = Store(store_url)
     assert again.jobs.get(job.id) == job
     again.close()
 
 
-def test_durability_settings_and_a_reader_that_cannot_write(store: Store) -> None:
+def test_what_is_committed_is_on_disk(store: Store) -> None:
     with store.database.write() as connection:
-        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
-        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+        if store.database.is_shared:
+            assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == "on"
+            assert connection.exec_driver_sql("SHOW fsync").scalar() == "on"
+        else:
+            assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+            assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+
+
+def test_a_reader_cannot_write(store: Store) -> None:
     with (
         store.database.read() as connection,
-        pytest.raises(sqlalchemy.exc.OperationalError, match="readonly"),
+        pytest.raises(sqlalchemy.exc.DBAPIError, match="read-?only"),
     ):
         connection.exec_driver_sql("DELETE FROM jobs")
+
+
+def test_two_that_open_an_empty_store_at_once_both_get_the_whole_schema(postgres: Any) -> None:
+    url = postgres()
+    with ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(lambda _: Store(url), range(4)))
+    for store in stores:
+        assert store.jobs.page().data == []
+        store.close()
+
+
+def test_a_database_that_is_not_there_is_said_without_its_password() -> None:
+    with pytest.raises(StorageError, match="cannot be opened") as caught:
+        Store("postgresql://me:secret@127.0.0.1:9/none")
+    assert (caught.value.code, "secret" in str(caught.value)) == ("store_unreachable", False)
+    for wrong in ("mysql://x/y", "not a url"):
+        with pytest.raises(StorageError, match="neither SQLite nor PostgreSQL"):
+            Store(wrong)
+
+
+def test_a_checkpoint_and_the_loss_of_its_attempt_never_pass_each_other(store: Store, helpers: Any) -> None:
+    """Either the checkpoint was committed and counts, or its driver is refused: at any moment, many times."""
+    for i in range(12):
+        job, bearer = helpers.start(store, f"ftjob-{i}")
+        barrier = threading.Barrier(2)
+
+        def commit(bearer: Bearer = bearer, barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            try:
+                store.drivers.commit_checkpoint(bearer, 4, Path("/c"), {}, "ft:c")
+            except StaleFenceError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(1) as pool:
+            committed = pool.submit(commit)
+            barrier.wait()
+            lost = store.attempts.lose(store.jobs.get(job.id), "gone")
+            assert lost.fruitless_attempts == (0 if committed.result() else 1)
+            assert lost.committed_step == (4 if committed.result() else None)
+
+
+def test_a_lease_goes_to_one_of_many_that_ask_at_once(store: Store) -> None:
+    barrier = threading.Barrier(8)
+
+    def ask(i: int) -> bool:
+        barrier.wait()
+        return store.hold_lease("reconciler", f"holder-{i}", 15)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(ask, range(8))) == 1
 
 
 def test_one_of_many_writers_wins_a_transition(store: Store, helpers: Any) -> None:
@@ -89,7 +153,7 @@ def test_events_are_gapless_under_threads(store: Store, helpers: Any) -> None:
 def test_a_transition_and_its_event_are_one_commit(store: Store, helpers: Any) -> None:
     """The event cannot be stored, so the state does not change either."""
     job = helpers.submit(store)
-    with pytest.raises(sqlalchemy.exc.StatementError, match="Out of range float"):
+    with pytest.raises((sqlalchemy.exc.StatementError, ValueError), match="Out of range float"):
         store.jobs.move(job, "validating", EventDraft("bad", data={"loss": float("nan")}))
     assert store.jobs.get(job.id) == job
 
@@ -236,14 +300,19 @@ def test_another_tenant_sees_nothing(store: Store, helpers: Any) -> None:
     assert store.jobs.page(tenant_id="other").data == []
 
 
-def test_keys_are_verified_and_never_stored(store: Store, home: Home) -> None:
+def test_keys_are_verified_and_never_stored(store: Store) -> None:
     key, record = store.keys.create("mine")
     assert store.keys.verify(key) == record
     assert store.keys.verify(key[:-1] + ("0" if key[-1] != "0" else "1")) is None
     for wrong in ("", "sk-123", "msk__", key.replace("msk", "abc"), "msk_\ud800_x"):
         assert store.keys.verify(wrong) is None
-    secret = key.rsplit("_", 1)[1].encode()
-    assert not any(secret in path.read_bytes() for path in home.root.glob("store.sqlite3*"))
+    secret = key.rsplit("_", 1)[1]
+    with store.database.read() as connection:
+        stored = [
+            str(tuple(row)) for table in metadata.sorted_tables for row in connection.execute(table.select())
+        ]
+    assert any(record.id in row for row in stored)
+    assert not any(secret in row for row in stored)
     store.keys.revoke(record.id)
     assert store.keys.verify(key) is None
     assert not store.keys.any_active()
@@ -276,17 +345,15 @@ for i in range(100_000):
 """
 
 
-def test_what_was_answered_survives_kill_9(home: Home) -> None:
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, home.store_url], stdout=subprocess.PIPE, text=True
-    )
+def test_what_was_answered_survives_kill_9(store_url: str) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, store_url], stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     answered = [writer.stdout.readline() for _ in range(40)]
     writer.kill()
     answered += writer.stdout.readlines()
     writer.wait()
     last = int([line for line in answered if line.endswith("\n")][-1])
-    store = Store(home.store_url)
+    store = Store(store_url)
     stored = {job.id for job in store.jobs.in_states("accepted")}
     assert {f"ftjob-{i}" for i in range(last + 1)} <= stored
     assert all(sequences(store, job_id) == [1] for job_id in stored)

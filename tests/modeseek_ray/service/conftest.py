@@ -125,14 +125,16 @@ def write_model(path: Path, **config: Any) -> Path:
 
 
 @contextmanager
-def serving(directory: Path, *, port: int, **settings: Any) -> Iterator[Running]:
+def serving(
+    directory: Path, *, port: int, store_url: str | None = None, **settings: Any
+) -> Iterator[Running]:
     """A service over `directory` until the block ends."""
     home = Home(directory / "home")
     home.prepare()
     model = directory / "models" / "base"
     if not model.exists():
         write_model(model)
-    store = Store(home.store_url)
+    store = Store(store_url or home.store_url)
     launcher, validator = FakeLauncher(), FakeValidator()
     quick = ReconcilerSettings(
         max_running_jobs=4, pass_every_s=0.1, cancel_grace_s=0.5, stop_timeout_s=0.5, status_every_s=0.2
