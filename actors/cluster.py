@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -12,8 +14,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.generator import GeneratorEngine, GeneratorSpec
+from actors.generator_pool import GeneratorPool
 from actors.pools import TrainerPool
 from actors.trainer import TrainerRank
+from actors.vllm_engine import environment as vllm_environment
 from modeseek_ray.data.batching import deal
 from modeseek_ray.errors import ModeseekError, WorkerError
 
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     from modeseek_ray.config import Resources
 
 PLACEMENT_DEADLINE_S = 300.0
+Seat = tuple[PlacementGroup, int]  # a bundle that is reserved, and no actor in it
 
 
 class RayWorker:
@@ -32,8 +38,11 @@ class RayWorker:
         self._name = name
 
     async def call(self, method: str, *args: Any) -> Any:
+        return await self._answer(getattr(self._handle, method).remote(*args), method)
+
+    async def _answer(self, reference: Any, method: str) -> Any:
         try:
-            return await getattr(self._handle, method).remote(*args)
+            return await reference
         except RayTaskError as error:
             if isinstance(error.cause, ModeseekError):
                 raise error.cause from None
@@ -48,6 +57,16 @@ class RayWorker:
                 mend="Look for an out-of-memory kill on its node; the job can go on from its last checkpoint.",
             ) from error
 
+    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        """A reference to each thing `method` yields; what it raises is raised where a reference is awaited."""
+        references = getattr(self._handle, method).options(num_returns="streaming").remote(*args)
+        async for reference in references:
+            yield reference
+
+    async def fetch(self, reference: Any) -> Any:
+        """What a streamed reference stands for, brought here. Raises what `call` would."""
+        return await self._answer(reference, "stream")
+
     async def stop(self) -> None:
         ray.kill(self._handle, no_restart=True)
 
@@ -60,16 +79,37 @@ class RayPlacement:
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
         self._groups: list[PlacementGroup] = []
+        self._trainer_seats: list[Seat] = []
+        self._generator_seats: list[Seat] = []
+
+    async def reserve(
+        self, *, trainers: int, generators: int = 0, generator: GeneratorSpec | None = None
+    ) -> None:
+        """Room for all workers of a job at once, before the first of them starts.
+
+        One placement group: it is granted whole or not at all. Two jobs that reserved their trainers
+        and then waited for the other's CPUs to start generators would wait for ever.
+        """
+        own = _bundle_of(self._resources.cpus_per_worker, self._resources.gpus_per_worker)
+        bundles = [own] * trainers
+        if generator is not None:
+            gpus = generator.gpus_per_worker * generator.tensor_parallel
+            bundles += [_bundle_of(generator.cpus_per_worker, gpus)] * generators
+        group = await self._reserve(bundles)
+        self._trainer_seats = [(group, index) for index in range(trainers)]
+        self._generator_seats = [(group, index) for index in range(trainers, len(bundles))]
 
     def put(self, block: Any) -> Any:
         return ray.put(block)
 
     async def trainers(self, spec: TrainerSpec, count: int) -> TrainerPool:
         """All ranks or none: a placement group reserves every bundle before the first actor starts."""
-        group = await self._reserve(count)
+        if len(self._trainer_seats) < count:
+            await self.reserve(trainers=count)
+        seats, self._trainer_seats = self._trainer_seats[:count], self._trainer_seats[count:]
         remote_rank = ray.remote(TrainerRank)
         address, port = await asyncio.wait_for(
-            ray.remote(free_address).options(num_cpus=0, scheduling_strategy=_bundle(group, 0)).remote(),
+            ray.remote(free_address).options(num_cpus=0, scheduling_strategy=_in(seats[0])).remote(),
             PLACEMENT_DEADLINE_S,
         )
         ranks = [
@@ -77,7 +117,7 @@ class RayPlacement:
                 remote_rank.options(  # type: ignore[attr-defined]
                     num_cpus=self._resources.cpus_per_worker,
                     num_gpus=self._resources.gpus_per_worker,
-                    scheduling_strategy=_bundle(group, rank),
+                    scheduling_strategy=_in(seats[rank]),
                     # A step is not idempotent: a rank that died ends the attempt, never a silent redo.
                     max_restarts=0,
                     max_task_retries=0,
@@ -89,24 +129,45 @@ class RayPlacement:
         ]
         return TrainerPool(ranks, deal)
 
+    async def generators(self, spec: GeneratorSpec, count: int) -> GeneratorPool:
+        """Engines in the places `reserve` took for them. One that dies is started again in its place."""
+        if len(self._generator_seats) < count:
+            raise RuntimeError("reserve() places for trainers and generators together first")
+        seats, self._generator_seats = self._generator_seats[:count], self._generator_seats[count:]
+        spec = replace(spec, exit_when_broken=True)
+        remote_engine = ray.remote(GeneratorEngine)
+
+        async def start(index: int) -> RayWorker:
+            handle = remote_engine.options(  # type: ignore[attr-defined]
+                num_cpus=spec.cpus_per_worker,
+                num_gpus=spec.gpus_per_worker * spec.tensor_parallel,
+                scheduling_strategy=_in(seats[index]),
+                # Its pool starts another, brings it to the weights' version and asks again.
+                max_restarts=0,
+                max_task_retries=0,
+                runtime_env={"env_vars": generator_environment(spec)},
+            ).remote(spec)
+            return RayWorker(handle, f"generator {index}")
+
+        return GeneratorPool(spec, start, count)
+
     async def close(self) -> None:
         for group in self._groups:
             remove_placement_group(group)
         self._groups.clear()
+        self._trainer_seats, self._generator_seats = [], []
 
-    async def _reserve(self, count: int) -> PlacementGroup:
-        bundle = {"CPU": self._resources.cpus_per_worker}
-        if self._resources.gpus_per_worker:
-            bundle["GPU"] = self._resources.gpus_per_worker
-        group = placement_group([bundle] * count, strategy="PACK")
+    async def _reserve(self, bundles: Sequence[dict[str, float]]) -> PlacementGroup:
+        group = placement_group(list(bundles), strategy="PACK")
         self._groups.append(group)
         try:
             await asyncio.wait_for(group.ready(), PLACEMENT_DEADLINE_S)
         except TimeoutError:
             raise WorkerError(
-                f"the cluster did not free {count} x {bundle} within {PLACEMENT_DEADLINE_S:.0f} s;"
+                f"the cluster did not free {_total(bundles)} for {len(bundles)} workers"
+                f" within {PLACEMENT_DEADLINE_S:.0f} s;"
                 f" it has {ray.cluster_resources()}, free are {ray.available_resources()}.",
-                mend="Ask for fewer resources.trainers, or add nodes.",
+                mend="Ask for fewer resources.trainers or generators, or add nodes.",
                 code="no_resources",
             ) from None
         return group
@@ -124,6 +185,16 @@ def worker_environment(resources: Resources) -> dict[str, str]:
     if not resources.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
+
+
+def generator_environment(spec: GeneratorSpec) -> dict[str, str]:
+    """What must be set before a worker imports torch or vLLM."""
+    threads = max(1, int(spec.cpus_per_worker))
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **vllm_environment(spec),
+    }
 
 
 def free_address() -> tuple[str, int]:
@@ -146,5 +217,14 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         ray.init(num_cpus=num_cpus or max(8, os.cpu_count() or 1), **common)
 
 
-def _bundle(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrategy:
-    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+def _bundle_of(cpus: float, gpus: float) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+
+
+def _total(bundles: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = sorted({name for bundle in bundles for name in bundle})
+    return {name: sum(bundle.get(name, 0.0) for bundle in bundles) for name in names}
+
+
+def _in(seat: Seat) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(seat[0], placement_group_bundle_index=seat[1])

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from actors.generator_pool import GeneratorPool
 from actors.pools import TrainerPool
 from modeseek_ray.data.batching import deal
 from modeseek_ray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from actors.generator import GeneratorSpec
     from actors.trainer import TrainerSpec
+
+
+_END = object()
 
 
 def free_ports(count: int) -> list[int]:
@@ -45,6 +50,17 @@ class LocalWorker:
 
     async def call(self, method: str, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, method, args)
+
+    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        """Each thing that `method`, a generator, yields."""
+        loop = asyncio.get_running_loop()
+        iterator = await self.call(method, *args)
+        while (item := await loop.run_in_executor(self._thread, next, iterator, _END)) is not _END:
+            yield item
+
+    async def fetch(self, reference: Any) -> Any:
+        """What `stream` gave is the thing itself."""
+        return reference
 
     async def stop(self) -> None:
         if self._object is not None:
@@ -77,6 +93,28 @@ class LocalPlacement:
             )
         worker = LocalWorker(lambda: TrainerRank(spec, 0, 1, "127.0.0.1", free_port()), "trainer")
         return TrainerPool([worker], deal)
+
+    async def reserve(
+        self, *, trainers: int, generators: int = 0, generator: GeneratorSpec | None = None
+    ) -> None:
+        """Nothing to reserve in one process."""
+
+    async def generators(self, spec: GeneratorSpec, count: int) -> GeneratorPool:
+        """One engine. Set the trainer up before it: both share torch's process group in this process."""
+        from actors.generator import GeneratorEngine
+
+        if count != 1:
+            raise ConfigError(
+                f"--local has one generator, the job asks for {count}.",
+                param="resources.generators",
+                mend="Set it to 1, or leave out --local to start the engines on Ray.",
+            )
+
+        async def start(index: int) -> LocalWorker:
+            return LocalWorker(lambda: GeneratorEngine(spec), f"generator-{index}")
+
+        # What broke vLLM in this process is still in it: no second engine.
+        return GeneratorPool(spec, start, count, max_replacements=0)
 
     async def close(self) -> None:
         """Nothing outlives the workers, which their pools stop."""

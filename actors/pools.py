@@ -8,7 +8,7 @@ each, so that Ray resolves references on the worker's side.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,14 @@ class Worker(Protocol):
     """One worker process (or object). Calls are executed in the order they are made."""
 
     async def call(self, method: str, *args: Any) -> Any: ...
+
+    def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        """A handle on each thing `method` yields: the thing itself, or a reference that workers are handed."""
+        ...
+
+    async def fetch(self, reference: Any) -> Any:
+        """What such a handle stands for. Small things only. Raises what `call` would."""
+        ...
 
     async def stop(self) -> None: ...
 

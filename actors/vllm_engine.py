@@ -1,0 +1,210 @@
+"""What is asked of vLLM, in one place. Loaded by `GeneratorEngine.setup`, in the engine's process.
+
+vLLM reads its environment when it is imported, so `build` sets it first.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modeseek_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from actors.generator import GeneratorSpec, Request
+    from actors.weight_chunks import WeightChunk
+
+_GIB = 2**30
+
+
+def environment(spec: GeneratorSpec) -> dict[str, str]:
+    """What must be set before vLLM is imported.
+
+    In one process: a core in a process of its own would outlive an actor that is killed, and start
+    slower. No thread is bound to a core: engines, trainers and scorers share them.
+    """
+    values = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if not spec.gpus_per_worker:
+        values["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return values
+
+
+def build(spec: GeneratorSpec) -> VllmEngine:
+    """Start an engine in this process, first forward pass included. Raises `ConfigError` for what vLLM refuses."""
+    os.environ.update(environment(spec))
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB only; the engine is told in bytes
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(spec.cpus_per_worker))))
+    from vllm import LLM
+
+    from actors.vllm_weights import register
+
+    on_gpu = spec.gpus_per_worker > 0
+    options: dict[str, Any] = {} if on_gpu else {"distributed_executor_backend": "uni", "enforce_eager": True}
+    kv_cache_gib = spec.kv_cache_gib or (None if on_gpu else 1.0)
+    if kv_cache_gib is not None:
+        options["kv_cache_memory_bytes"] = int(kv_cache_gib * _GIB)
+    try:
+        llm = LLM(
+            model=spec.model_path,
+            dtype=spec.dtype,
+            seed=spec.seed % 2**31,
+            max_model_len=spec.max_length,
+            max_num_seqs=spec.max_num_seqs,
+            tensor_parallel_size=spec.tensor_parallel,
+            trust_remote_code=False,
+            # What was really drawn from: after temperature and top_p. The default is before them.
+            logprobs_mode="processed_logprobs",
+            enable_return_routed_experts=spec.with_routes,
+            weight_transfer_config={"backend": register() if spec.transfer == "chunks" else spec.transfer},
+            **options,
+        )
+    except ValueError as error:  # pydantic's, too: an architecture it does not have, a length too long
+        raise ConfigError(
+            f"vLLM does not take this model or these settings: {error}",
+            param="model",
+            mend="Choose an architecture of vLLM's list, or change the setting it names.",
+        ) from error
+    engine = VllmEngine(llm, spec)
+    try:
+        engine.score([np.zeros(2, dtype=np.int32)])
+    except Exception as error:  # its kernels are chosen in the first forward pass
+        raise ConfigError(
+            f"vLLM loads this model, but cannot run it on this machine: {error}",
+            param="model",
+            mend="Choose a model with another head size or architecture; on a CPU, heads of 32 to 256.",
+        ) from error
+    return engine
+
+
+class VllmEngine:
+    """A running vLLM behind the few calls that `GeneratorEngine` makes."""
+
+    def __init__(self, llm: Any, spec: GeneratorSpec) -> None:
+        self._llm = llm
+        self._engine = llm.llm_engine
+        self._spec = spec
+        self._scores = 0
+        self._moe_layers = _moe_layers(llm) if spec.with_routes else ()
+        if spec.with_routes and not self._moe_layers:
+            raise ConfigError(
+                "routes can only be recorded of an MoE model.",
+                param="routing_replay",
+                mend="Drop routing_replay, or choose an MoE model.",
+            )
+
+    def add(self, request: Request) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = self._spec.sampling
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=request.seed,
+            stop=list(sampling.stop) or None,
+            detokenize=bool(sampling.stop),
+            logprobs=0,  # of the token that was drawn, and of no other
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._engine.add_request(request.id, _tokens(request.prompt), parameters)
+
+    def step(self) -> list[Any]:
+        """One forward pass of the running batch. Returns the requests it finished."""
+        return [output for output in self._engine.step() if output.finished]
+
+    def abort(self, ids: Sequence[str]) -> None:
+        self._engine.abort_request(list(ids))
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+
+    def score(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float64]]:
+        """See `GeneratorEngine.score`. vLLM returns prompt log-probabilities before temperature."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        positions = {}
+        for position, token_ids_T in enumerate(sequences):
+            self._scores += 1
+            name = f"score-{self._scores}"
+            positions[name] = position
+            self._engine.add_request(name, _tokens(token_ids_T), parameters)
+        found: list[NDArray[np.float64]] = [np.zeros(0)] * len(sequences)
+        while self._engine.has_unfinished_requests():
+            for output in self.step():
+                found[positions[output.request_id]] = np.asarray(output.prompt_logprobs.logprobs)
+        for token_ids_T, log_prob_T in zip(sequences, found, strict=True):
+            if len(log_prob_T) != len(token_ids_T) - 1:
+                raise RuntimeError(f"{len(log_prob_T)} log-probabilities for {len(token_ids_T)} tokens")
+        return found
+
+    def begin_update(self) -> None:
+        self._llm.start_weight_update()
+
+    def update(self, chunk: WeightChunk) -> None:
+        self._llm.update_weights({"update_info": {"chunk": chunk}})
+
+    def finish_update(self) -> None:
+        self._llm.finish_weight_update()
+        self.forget_text()
+
+    def native(self, method: str, arguments: Mapping[str, Any]) -> None:
+        getattr(self._llm, method)(**arguments)
+        if method == "finish_weight_update":
+            self.forget_text()
+
+    def forget_text(self) -> None:
+        """Keys and values computed with other weights must not be found again."""
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("the prefix cache is in use; requests are still inside")
+
+    def routes(self, output: Any) -> NDArray[Any]:
+        """[prompt + T - 1, L, K]: the experts each token took, MoE layers only. Ids are logical."""
+        routed_TLK: NDArray[Any] = np.asarray(output.routed_experts)
+        return np.ascontiguousarray(routed_TLK[:, self._moe_layers])
+
+    def close(self) -> None:
+        core, self._engine, self._llm = self._engine.engine_core, None, None
+        core.shutdown()
+        gc.collect()
+
+
+def _tokens(token_ids_T: NDArray[np.int32]) -> dict[str, Any]:
+    return {"type": "token", "prompt_token_ids": token_ids_T.tolist()}
+
+
+def _moe_layers(llm: Any) -> tuple[int, ...]:
+    """Which hidden layers have experts: those whose rows of the routes are not just zeros."""
+    (found,) = set(llm.llm_engine.collective_rpc(_find_moe_layers))
+    layers: tuple[int, ...] = found
+    return layers
+
+
+def _find_moe_layers(worker: Any) -> tuple[int, ...]:
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    names = [
+        name
+        for name, module in worker.model_runner.model.named_modules()
+        if hasattr(module, "w13_weight") or hasattr(module, "w2_weight")
+    ]
+    return tuple(sorted({extract_layer_index(name) for name in names}))

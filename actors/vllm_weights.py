@@ -1,0 +1,89 @@
+"""New weights for a running vLLM, handed over as chunks in memory: a weight-transfer engine of our own.
+
+vLLM's own engines (NCCL, IPC) need CUDA. This one plugs into the same life cycle of theirs: start,
+update for each chunk, finish; layers are rebuilt as soon as all of their weights have come, so that
+one layer at most is held twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from actors.weight_chunks import WeightChunk
+
+BACKEND = "modeseek_chunks"
+
+
+def register() -> str:
+    """Make vLLM know the engine. Returns its name."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, __name__, ChunkTransferEngine.__name__)
+    return BACKEND
+
+
+@dataclass
+class ChunkInitInfo(WeightTransferInitInfo):
+    """Nothing: no rendezvous."""
+
+
+@dataclass
+class ChunkUpdateInfo(WeightTransferUpdateInfo):
+    """One chunk; checked before it comes here."""
+
+    chunk: WeightChunk
+
+
+class ChunkTransferEngine(WeightTransferEngine[ChunkInitInfo, ChunkUpdateInfo]):
+    """Loads checkpoint-named weights from memory that is shared with whoever sent them."""
+
+    init_info_cls = ChunkInitInfo
+    update_info_cls = ChunkUpdateInfo
+
+    def init_transfer_engine(self, init_info: ChunkInitInfo) -> None:
+        """Nothing to set up."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ChunkUpdateInfo) -> None:
+        self.model.load_weights(update_info.chunk.tensors())
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            pack_experts(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+
+def pack_experts(model: nn.Module) -> None:
+    """Lay expert matrices out as the CPU's grouped kernel reads them.
+
+    On the first load vLLM does so itself. On a reload its unquantised MoE method copies the plain
+    matrices into place and leaves this step out; the kernel then reads them in the wrong order and
+    the model is silently another one.
+    """
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    module: Any
+    for module in model.modules():
+        if not hasattr(module, "w13_weight"):
+            continue
+        experts = module.quant_method.moe_kernel.fused_experts
+        if getattr(experts, "_use_zentorch", False):
+            continue
+        for weight in (module.w13_weight, module.w2_weight):
+            weight.data.copy_(cpu_prepack_moe_weight(weight.data, experts.isa))
