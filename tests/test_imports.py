@@ -2,7 +2,8 @@
 import inside a function or under TYPE_CHECKING counts as well.
 
     errors, types, strict
-      <- weights, rewards, objectives.parameters, routing.wire     pure functions and their parameters
+      <- weights, rewards, objectives.parameters,                  pure functions and their parameters
+         routing.wire, routing.compare
       <- methods, config                                           all a user may ask for
       <- data, jobs, retention, reports, client                    one concern each
       <- service                                                   puts them behind HTTP
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 # What everybody may import: the words all parts share. They import only each other.
 SHARED = {"errors", "types", "strict"}
 
-FOUNDATION = {"weights", "rewards", "objectives.parameters", "routing.wire"}
+FOUNDATION = {"weights", "rewards", "objectives.parameters", "routing.wire", "routing.compare"}
 CONCERNS = {"data", "jobs", "retention", "reports", "client"}
 
 # Unit -> the units it may import besides itself and SHARED. Parts on one level do not know each
@@ -43,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": set(),
     "objectives.parameters": set(),
     "routing.wire": set(),
+    "routing.compare": {"routing.wire"},
     "weights": {"objectives.parameters"},  # a weighting names its token factor and KL, with their parameters
     "methods": FOUNDATION,
     "config": FOUNDATION | {"methods"},
@@ -55,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service": FOUNDATION | CONCERNS | {"config"},
     "playground": FOUNDATION | {"config", "data"},
     "objectives": {"objectives.parameters", "routing.wire", "routing"},
-    "routing": {"routing.wire"},
+    "routing": {"routing.wire", "routing.compare"},
 }
 
 ENGINES = {"ray", "vllm", "deepspeed"}
@@ -162,10 +164,13 @@ def test_imports_go_one_way_only() -> None:
         ("modeseek_ray/jobs/store.py", "def f():\n    import ray", "no engine"),
         ("modeseek_ray/config.py", "from torch import Tensor", "torch is at home"),
         ("modeseek_ray/objectives/parameters.py", "import torch", "torch is at home"),
+        ("modeseek_ray/routing/wire.py", "import torch", "torch is at home"),
+        ("modeseek_ray/routing/compare.py", "import modeseek_ray.objectives.loss", "not objectives"),
+        ("modeseek_ray/config.py", "from modeseek_ray.routing.hooks import f", "not routing"),
         ("modeseek_ray/weights/gamma.py", "from modeseek_ray.config import JobConfig", "not config"),
         ("modeseek_ray/weights/gamma.py", "from ..config import JobConfig", "not config"),
         ("modeseek_ray/weights/gamma.py", "from modeseek_ray import rewards", "not rewards"),
-        ("modeseek_ray/data/reader.py", "from modeseek_ray.objectives.logprobs import f", "not objectives"),
+        ("modeseek_ray/data/reader.py", "import modeseek_ray.objectives.loss", "not objectives"),
         ("modeseek_ray/novelty/new.py", "import modeseek_ray.errors", "no place in the order"),
         ("actors/trainer.py", "from ray.util import placement_group", "know Ray"),
     ],
@@ -220,6 +225,13 @@ def loaded_by(statement: str, among: list[str]) -> list[str]:
 def test_the_api_side_loads_no_engine() -> None:
     modules = ", ".join(f"modeseek_ray.{name}" for name in LIGHT_MODULES)
     assert loaded_by(f"import {modules}", HEAVY) == []
+
+
+def test_the_numpy_half_of_routing_loads_no_engine() -> None:
+    """Nor does the package itself, which offers names of the torch half: they load it when asked for."""
+    modules = "modeseek_ray.routing, modeseek_ray.routing.wire, modeseek_ray.routing.compare"
+    assert loaded_by(f"import {modules}", HEAVY) == []
+    assert loaded_by("from modeseek_ray.routing import record_routes", HEAVY) == ["torch"]
 
 
 def test_the_loop_of_a_job_loads_no_engine() -> None:
