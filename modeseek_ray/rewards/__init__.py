@@ -4,7 +4,8 @@
 entry point (`registry.py`).
 """
 
-from modeseek_ray.rewards.build import build_grader, check_grader
+from modeseek_ray.rewards.build import build_grader, check_grader, local_models
+from modeseek_ray.rewards.endpoints import Endpoint, read_endpoints
 from modeseek_ray.rewards.grader import (
     Grade,
     GradeItem,
@@ -15,8 +16,11 @@ from modeseek_ray.rewards.grader import (
     refuse_if_failing,
 )
 from modeseek_ray.rewards.parameters import GraderSection
+from modeseek_ray.rewards.score_model import Classifier
 
 __all__ = [
+    "Classifier",
+    "Endpoint",
     "Grade",
     "GradeItem",
     "Grader",
@@ -26,5 +30,7 @@ __all__ = [
     "SampleError",
     "build_grader",
     "check_grader",
+    "local_models",
+    "read_endpoints",
     "refuse_if_failing",
 ]

@@ -137,5 +137,5 @@ def refuse_if_failing(grades: Sequence[Grade], limit: float) -> None:
         f"{len(errors)} of {len(grades)} samples could not be graded, more than the share of {limit:g} allowed: "
         + "; ".join(f"sample {n}: {error}" for n, error in examples)
         + ".",
-        mend="Mend the grader or the rows it reads; or raise the share of samples that may fail.",
+        mend="Mend the grader or the rows it reads; or raise `max_failed_share`.",
     )

@@ -166,7 +166,7 @@ def test_a_job_stops_above_its_share_with_three_different_examples() -> None:
     assert str(caught.value) == (
         "8 of 10 samples could not be graded, more than the share of 0.7 allowed: sample 0: reason 0; "
         "sample 2: reason 1; sample 4: reason 2. "
-        "Mend the grader or the rows it reads; or raise the share of samples that may fail."
+        "Mend the grader or the rows it reads; or raise `max_failed_share`."
     )
 
 
