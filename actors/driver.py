@@ -175,6 +175,7 @@ class Driver:
             denominator=float(num_tokens if by_token else sum(len(g) for g in groups)),
             learning_rate=learning_rate_at(self.state.step, self._plan.total_steps, training),
             kl_coefficient=self._kl_coefficient(),
+            token_parameters=weights.token_parameters,
         )
 
     def _kl_coefficient(self) -> float:

@@ -235,7 +235,9 @@ class Policy:
             scores.log_prob_M,
             batch.sample_M,
             torch.from_numpy(values).to(self.engine.device),
-            token_factor(objective.token_factor, evidence, objective.token_parameters),
+            token_factor(
+                objective.token_factor, evidence, {**objective.token_parameters, **plan.token_parameters}
+            ),
             batch.num_tokens_B,
             objective.aggregation,
             plan.denominator,

@@ -214,6 +214,9 @@ class Weights:
     warnings: tuple[str, ...] = ()
     # The loss whose gradient the weights give, where it is not the weighted NLL itself (preference pairs).
     loss: float | None = None
+    token_parameters: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of the token factor, from this batch
 
 
 @dataclass(frozen=True)
@@ -291,6 +294,8 @@ class StepPlan:
     denominator: float
     learning_rate: float
     kl_coefficient: float = 0.0
+    # What the token factor takes from this batch as a whole, over `Objective.token_parameters`.
+    token_parameters: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,15 @@ def presets(name: str | None) -> None:
         for each, preset in PRESETS.items():
             console.print(f"[bold]{each:16}[/] {preset.what}", highlight=False)
         return
+    preset = PRESETS[name]
+    about = {
+        "What": preset.what,
+        "Source": preset.source,
+        "Compared with": preset.checked,
+        "What differs": preset.differs,
+    }
+    for label, text in about.items():  # as comments, so that the whole is a piece of a job's file
+        console.print(f"# {label}: {text}", style="dim", markup=False, highlight=False, soft_wrap=True)
     console.print(
         Syntax(yaml.safe_dump(preset_fields(name), sort_keys=False), "yaml", background_color="default")
     )

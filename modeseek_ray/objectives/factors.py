@@ -63,12 +63,20 @@ def ratio_token(
     return (gamma * log_ratio_M).exp().clamp(low, high)
 
 
+def talr(evidence: TokenEvidence, *, tau: float | None = None, floor: float = 0.01) -> Tensor:
+    """c = max(p^(1/tau), floor): harder tokens count less, none is dropped (2509.20758)."""
+    if tau is None:
+        raise ValueError("token factor talr needs tau, which the caller did not measure on the batch")
+    return (evidence.log_prob_M / tau).exp().clamp(min=floor)
+
+
 FACTORS: Mapping[str, Callable[..., Tensor]] = {
     "dft": dft,
     "psft": psft,
     "eaft": eaft,
     "infosft": infosft,
     "ratio_token": ratio_token,
+    "talr": talr,
 }
 
 

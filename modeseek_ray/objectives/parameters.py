@@ -57,6 +57,16 @@ class RatioToken(Strict):
     high: float = Field(5.0, ge=1, le=1e6)
 
 
+class Talr(Strict):
+    """c = max(p^(1/tau), floor) (token-adaptive loss reweighting, 2509.20758)"""
+
+    scheme: Literal["talr"] = "talr"
+    tau: float | None = Field(None, gt=0, le=1e6)
+    """Nats; None = the batch's median, over samples, of the mean NLL per token under the policy."""
+    floor: float = Field(0.01, ge=0, le=1)
+    """Smallest factor, so that no token is dropped altogether."""
+
+
 TOKEN_FACTORS: dict[str, type[Strict]] = {
     "none": NoFactor,
     "dft": Dft,
@@ -64,6 +74,7 @@ TOKEN_FACTORS: dict[str, type[Strict]] = {
     "eaft": Eaft,
     "infosft": InfoSft,
     "ratio_token": RatioToken,
+    "talr": Talr,
 }
 
 TokenSection = one_of(TOKEN_FACTORS)
@@ -141,9 +152,10 @@ class Kl(Strict):
 
 
 def factor_parameters(section: Strict) -> dict[str, float]:
-    """What `Objective.token_parameters` holds: the section without its name.
+    """What `Objective.token_parameters` holds: the section without its name, and without what is measured
+    for each batch instead (`weights.token.token_parameters`).
 
     >>> factor_parameters(Eaft(alpha=2.0))
     {'alpha': 2.0}
     """
-    return section.model_dump(exclude={"scheme"})
+    return section.model_dump(exclude={"scheme"}, exclude_none=True)

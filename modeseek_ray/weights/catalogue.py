@@ -71,8 +71,12 @@ def factor_table() -> str:
 
 def preset_table() -> str:
     """Markdown: one row per preset."""
-    rows = [f"| `{name}` | {p.what} | {p.source} | {p.differs} |" for name, p in PRESETS.items()]
-    return "\n".join(["| preset | what it is | source | what differs here |", "|---|---|---|---|", *rows])
+    rows = [
+        f"| `{name}` | {p.what} | {p.source} | {_cell(p.checked)} | {p.differs} |"
+        for name, p in PRESETS.items()
+    ]
+    head = "| preset | what it is | source | compared with | what differs here |"
+    return "\n".join([head, "|---|---|---|---|---|", *rows])
 
 
 def _cell(text: str) -> str:

@@ -137,7 +137,27 @@ def _likelihood(weighting: Weighting) -> Iterator[Problem]:
             f"gamma does not steer the distance to the start with of: {of}.",
             f"Choose of: {', '.join(NEARER_WITH_GAMMA)}.",
         )
+    if isinstance(gamma, ways.KlBudgetGamma):
+        yield from _unmeasured_kl(weighting)
     yield from _collapses(f, of, gamma)
+
+
+def _unmeasured_kl(weighting: Weighting) -> Iterator[Problem]:
+    """A budget on the forward KL hears nothing where the trainer measures none, or the other one."""
+    if weighting.kl is None:
+        yield _warning(
+            "likelihood.gamma.kl_budget",
+            "kl_not_measured",
+            "nothing measures the KL to the start, so gamma stays at kl_budget.start.",
+            "Add kl: {direction: forward, coefficient: 0}: 0 measures without pulling.",
+        )
+    elif weighting.kl.direction == "reverse":
+        yield _warning(
+            "likelihood.gamma.kl_budget",
+            "reverse_kl",
+            "the budget is of the forward KL(pi_0 || pi), and kl.direction: reverse measures KL(pi || pi_0).",
+            "Set kl.direction: forward, or read kl_budget.nats as nats of the reverse KL.",
+        )
 
 
 def _collapses(f: Any, of: str, gamma: Any) -> Iterator[Problem]:
@@ -213,6 +233,12 @@ def _against_data(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
             "likelihood.of",
             "policy_over_data needs to know how likely the data were to their author.",
             "Give `logprobs` with every row, or name a behavior_model, or choose another `of`.",
+        )
+    if "distance" in wanted:
+        yield _error(
+            "likelihood.gamma.per_sample.distance",
+            "no trainer measures the KL of single samples yet.",
+            "Choose distance: initial_nll.",
         )
     if g.scheme == "preference" and facts.replay_share > 0:
         yield _error(

@@ -27,6 +27,7 @@ from modeseek_ray.weights.factors import Factor, likelihood_factor, reward_facto
 from modeseek_ray.weights.guards import cap_keeping_sum
 from modeseek_ray.weights.metrics import measure
 from modeseek_ray.weights.registry import SIGNED
+from modeseek_ray.weights.token import token_parameters
 from modeseek_ray.weights.weighting import Weighting
 
 MEASURABLE = ("kl_nats", "median_initial_nll", "noise_std")
@@ -62,6 +63,7 @@ def weigh(
 
     memory |= {**reward.remember, **likelihood.remember}
     metrics = measure(batch, new_A, memory)
+    of_tokens = token_parameters(evidence, weighting)
     return Weights(
         values_N=values_N,
         gamma=likelihood.parameter,
@@ -69,9 +71,16 @@ def weigh(
         ess_ratio=metrics["ess_ratio"],
         bound_by=likelihood.bound_by,
         state={key: value for key, value in memory.items() if value is not None},
-        metrics={**reward.metrics, **likelihood.metrics, **final.metrics, **metrics},
+        metrics={
+            **reward.metrics,
+            **likelihood.metrics,
+            **final.metrics,
+            **metrics,
+            **{f"token_{name}": value for name, value in of_tokens.items()},
+        },
         warnings=(*reward.warnings, *likelihood.warnings, *final.warnings),
         loss=reward.metrics.get("preference_loss"),
+        token_parameters=of_tokens,
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from modeseek_ray.objectives.parameters import Kl, NoFactor, TokenSection
+from modeseek_ray.objectives.parameters import Kl, NoFactor, Talr, TokenSection
 from modeseek_ray.strict import Strict, one_of
 from modeseek_ray.weights.gamma import InverseMedianNllGamma, PerSampleGamma
 from modeseek_ray.weights.presets import PRESETS, fill
@@ -111,6 +111,8 @@ def needs(weighting: Weighting) -> frozenset[str]:
             wanted.add("initial" if gamma.per_sample.distance == "initial_nll" else "distance")
         if isinstance(gamma, InverseMedianNllGamma):
             wanted.add("initial")
+    if isinstance(weighting.token, Talr) and weighting.token.tau is None:
+        wanted.add("policy")
     return frozenset(wanted)
 
 

@@ -56,12 +56,14 @@ def plain(name: str) -> torch.Tensor:
         return -(top * top.log()).sum(1) / math.log(20)
     if name == "infosft":
         return p * torch.clamp(1 - torch.log(p / (1 - p)) / math.log(0.93 / 0.07), min=0)
+    if name == "talr":
+        return torch.clamp(p ** (1 / 1.5), min=0.01)
     return torch.clamp(p / p_0, 0.2, 5.0)
 
 
 @pytest.mark.parametrize("name", list(FACTORS))
 def test_factor_equals_its_plain_rendering(name: str) -> None:
-    factor_M = token_factor(name, evidence_and_logits()[0], {})
+    factor_M = token_factor(name, evidence_and_logits()[0], {"tau": 1.5} if name == "talr" else {})
     assert factor_M is not None and not factor_M.requires_grad
     torch.testing.assert_close(factor_M.double(), plain(name), rtol=0, atol=1e-5)
 
@@ -77,6 +79,8 @@ def test_factor_equals_its_plain_rendering(name: str) -> None:
         ("infosft", {}, -1e4, 0.0),  # p = 0: p log p
         ("ratio_token", {"gamma": 2.0}, math.log(0.75), 2.25),  # (.75 / .5)^2
         ("ratio_token", {}, math.log(0.05), 0.2),
+        ("talr", {"tau": 2.0}, math.log(0.25), 0.5),  # .25^(1/2)
+        ("talr", {"tau": 2.0}, -50.0, 0.01),
         ("psft", {}, math.log(0.6), 1.2),  # .6 / .5
         ("psft", {}, math.log(0.7), 0.0),  # 1.4 > 1.28
     ],
@@ -98,7 +102,7 @@ def test_unknown_name_is_refused_with_the_choices() -> None:
         token_factor("dtf", TokenEvidence(torch.zeros(2)), {})
 
 
-@pytest.mark.parametrize("name", ["psft", "eaft", "ratio_token"])
+@pytest.mark.parametrize("name", ["psft", "eaft", "ratio_token", "talr"])
 def test_missing_evidence_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"token factor {name} needs"):
         token_factor(name, TokenEvidence(torch.zeros(2)), {})

@@ -136,6 +136,8 @@ def test_json_schema_describes_every_scheme() -> None:
         (ratio(approximation="first_order", length_exponent=0.0), {"sum_delta"}),
         (ratio(of="policy", gamma={"per_sample": {}}), {"policy", "initial"}),
         (ratio(of="policy", gamma={"per_sample": {"distance": "kl"}}), {"policy", "distance"}),
+        ({"token": {"scheme": "talr"}}, {"policy"}),
+        ({"token": {"scheme": "talr", "tau": 1.5}}, set()),
     ],
 )
 def test_needs(fields: dict[str, Any], expected: set[str]) -> None:
@@ -180,6 +182,7 @@ IMPOSSIBLE = [
         "reward.beta.ess.floor",
     ),
     ({"preset": "psft"}, Facts(), "token.scheme"),
+    (ratio(gamma={"per_sample": {"distance": "kl"}}), Facts(), "likelihood.gamma.per_sample.distance"),
 ]
 
 
@@ -206,6 +209,8 @@ def test_weigh_refuses_what_is_impossible_in_itself() -> None:
         (ratio(of="policy_over_initial", gamma=1.5), "collapse"),
         (ratio(of="initial", length_exponent=0.5), "length_filter"),
         (ratio(of="policy", length_exponent=0.0), "length_filter"),
+        (ratio(gamma={"kl_budget": {"nats": 0.1}}), "kl_not_measured"),
+        ({**ratio(gamma={"kl_budget": {"nats": 0.1}}), "kl": {"direction": "reverse"}}, "reverse_kl"),
     ],
 )
 def test_warnings(fields: dict[str, Any], code: str) -> None:
@@ -219,6 +224,7 @@ def test_warnings(fields: dict[str, Any], code: str) -> None:
         {},
         {"preset": "mode_seeking"},
         ratio(of="initial", gamma=7.0),  # static: not bounded
+        {**ratio(gamma={"kl_budget": {"nats": 0.1}}), "kl": {"direction": "forward", "coefficient": 0.0}},
         {"reward": {"scheme": "exponential", "beta": {"ess": {"floor": 0.3}}, "scope": "group"}},
     ],
 )
