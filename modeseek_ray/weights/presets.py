@@ -57,7 +57,7 @@ PRESETS: dict[str, Preset] = {
             **_RAW,
         },
         source="FLOW: exp(-loss_i / median loss) under the start, not normalised",
-        checked="code (sanyalsunny111/FLOW_finetuning, language): exp(-mean loss / median over the data set), over tokens",
+        checked="code (sanyalsunny111/FLOW_finetuning): exp(-mean loss / the data set's median), over tokens",
         differs="nothing; until the job has measured the data set's median it is the batch's",
     ),
     "iw_sft": Preset(
@@ -73,7 +73,7 @@ PRESETS: dict[str, Preset] = {
             **_RAW,
         },
         source="iw-SFT, Qin & Springenberg 2025, and its code (temp 1, ratio per token, clip [0, 16])",
-        checked="code (emmyqin/iw_sft): exp(mean over tokens of log pi - log pi_0) clipped to [0, 16], temp 1, over tokens",
+        checked="code (emmyqin/iw_sft): exp(mean log pi/pi_0) clipped to [0, 16], temp 1, over tokens",
         differs="nothing",
     ),
     "dft": Preset(
@@ -81,7 +81,7 @@ PRESETS: dict[str, Preset] = {
         {"token": {"scheme": "dft", "gamma": 1.0}},
         source="dynamic fine-tuning, 2508.05629",
         checked="code (yongliang-wu/DFT, TRL 1.16, LLaMA-Factory): loss times detached p, over tokens",
-        differs="nothing; the exponents by kind of token (numbers .3, words .7) that its code gained later are not here",
+        differs="nothing; exponents by kind of token, which its code gained later, are not here",
     ),
     "asft": Preset(
         "dft held near the start by a forward KL",
@@ -138,7 +138,7 @@ PRESETS: dict[str, Preset] = {
         {"reward": {"scheme": "top_k", "share": 1e-6, "ties": "first", "scope": "group"}},
         source="RAFT, Dong et al. 2023",
         checked="code (OptimalScale/LMFlow): the best share of one answer to each of many prompts",
-        differs="ranks within each prompt, as the paper words it; that code ranks over all prompts. share 1e-6 keeps one",
+        differs="ranks within each prompt, that code over all prompts; share 1e-6 keeps one",
     ),
     "top_k": Preset(
         "the best quarter of each prompt's samples",
