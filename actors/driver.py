@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from actors.roles import Desired, Journal, Scorer, Source, Trainer
+from actors.inner import merge_reports, mini_batches
+from actors.roles import Desired, Journal, Scorer, Source, Trainer, WeightChannel
 from modeseek_ray.data.auto import ResolvedTraining, learning_rate_at
 from modeseek_ray.errors import NumericsError
-from modeseek_ray.types import EvalReport, Evidence, Group, StepPlan, StepReport, Weights
+from modeseek_ray.types import EvalReport, Evidence, FloatArray, Group, StepPlan, StepReport, Weights
 from modeseek_ray.weights import Weighting, kl_coefficient, needs, observe, weigh
-
-Grade = Callable[[list[Group]], Awaitable[list[Group]]]
 
 
 class Checkpoints(Protocol):
@@ -43,15 +42,18 @@ class Plan:
 
     weighting: Weighting
     training: ResolvedTraining
-    total_steps: int
+    total_steps: int  # of weighed batches
     attempt: int = 1
+    inner_steps: int = 1  # optimizer steps on each batch
+    looks_back: bool = False  # steps are compared with the policy the batch began with
+    seed: int = 0
 
 
 @dataclass
 class DriverState:
     """All that a resumed attempt continues from. JSON-serialisable."""
 
-    step: int = 0  # finished optimizer steps
+    step: int = 0  # finished batches; online also the version of the weights
     trained_tokens: int = 0
     cursor: Mapping[str, Any] = field(default_factory=dict)
     controller: Mapping[str, Any] = field(default_factory=dict)  # gamma, beta, moving averages, noise
@@ -79,7 +81,7 @@ class Driver:
         *,
         probes: Mapping[str, Sequence[Group]] | None = None,
         reference: Scorer | None = None,
-        grade: Grade | None = None,
+        channel: WeightChannel | None = None,
     ) -> None:
         self._plan = plan
         self._source = source
@@ -88,9 +90,10 @@ class Driver:
         self._checkpoints = checkpoints
         self._probes = probes or {}
         self._reference = reference
-        self._grade = grade
+        self._channel = channel
         self._needs_policy = "policy" in needs(plan.weighting)
         self._evaluations: Mapping[str, EvalReport] = {}
+        self._sync_figures: Mapping[str, float] = {}
         self.state = DriverState()
 
     async def run(self) -> Outcome:
@@ -103,6 +106,7 @@ class Driver:
             if desired != "run":
                 return await self._stop(desired)
             await self._train(groups)
+            await self._sync()
             if self._due(self._plan.training.evaluate_every):
                 await self._evaluate()
             if self._due(self._plan.training.checkpoint_every):
@@ -123,19 +127,23 @@ class Driver:
             await self._trainer.load(directory)
             self._source.restore(self.state.cursor)
             await self._journal.message(f"Resumed from {directory.name} at step {self.state.step}.")
+        await self._sync()
 
     async def _train(self, groups: list[Group]) -> None:
         """One pass of the method over one global batch."""
         started = time.monotonic()
         await self._journal.section("step", deadline_s=1800)
-        if self._grade is not None:
-            groups = await self._grade(groups)
+        if not groups:  # every group was tied, failed or stale
+            await self._skip()
+            return
         if self._reference is not None:
             groups = await self._reference.score(groups)
-        if self._needs_policy:
+        if self._plan.looks_back:
+            groups = await self._trainer.begin(groups)
+        elif self._needs_policy:
             groups = await self._trainer.score(groups)
         weights = self._weigh(groups)
-        report = await self._trainer.step(groups, self._step_plan(groups, weights))
+        report = await self._step(groups, weights)
         if not np.isfinite([report.loss, report.grad_norm]).all():
             raise NumericsError(
                 f"step {report.step}: the loss is {report.loss}, the gradient norm {report.grad_norm}.",
@@ -154,6 +162,32 @@ class Driver:
             self.state.step, groups, weights, _with_seconds(report, seconds), self._plan.total_steps
         )
 
+    async def _step(self, groups: Sequence[Group], weights: Weights) -> StepReport:
+        """One optimizer step, or several on parts of the batch. The weights stay as they are meanwhile."""
+        seed = (self._plan.seed, self.state.step)
+        reports = [
+            await self._trainer.step(part.groups, self._step_plan(part.groups, part.values_N))
+            for part in mini_batches(groups, weights.values_N, self._plan.inner_steps, seed=seed)
+        ]
+        report = merge_reports(reports)
+        return replace(report, figures={**report.figures, **self._source.figures(), **self._sync_figures})
+
+    async def _skip(self) -> None:
+        """A batch with nothing to learn from still counts: the source has moved on."""
+        self.state.step += 1
+        self.state.cursor = self._source.state()
+        await self._journal.message(
+            f"Step {self.state.step}: no sample to train on; the weights stay.", level="warn"
+        )
+
+    async def _sync(self) -> None:
+        """Hand the weights to the generator: what it writes next is written by this version."""
+        if self._channel is None:
+            return
+        await self._journal.section("sync", deadline_s=1800)
+        figures = await self._channel.sync(self.state.step)
+        self._sync_figures = {f"sync.{name}": value for name, value in figures.items()}
+
     def _weigh(self, groups: Sequence[Group]) -> Weights:
         progress = self.state.step / max(self._plan.total_steps, 1)
         weights = weigh(
@@ -164,14 +198,14 @@ class Driver:
         used = {"kl_coefficient": self._kl_coefficient()}
         return replace(weights, metrics={**weights.metrics, **used})
 
-    def _step_plan(self, groups: Sequence[Group], weights: Weights) -> StepPlan:
+    def _step_plan(self, groups: Sequence[Group], values_N: FloatArray) -> StepPlan:
         """D is the batch's trained tokens, or its samples: never the sum of weights."""
         training = self._plan.training
         by_token = training.aggregation == "token"
         num_tokens = sum(int(g.num_tokens_N.sum()) for g in groups)
         return StepPlan(
             step=self.state.step,
-            values_N=weights.values_N,
+            values_N=values_N,
             denominator=float(num_tokens if by_token else sum(len(g) for g in groups)),
             learning_rate=learning_rate_at(self.state.step, self._plan.total_steps, training),
             kl_coefficient=self._kl_coefficient(),

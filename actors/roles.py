@@ -26,6 +26,10 @@ class Source(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
+    def figures(self) -> Mapping[str, float]:
+        """What there is to say of the batch handed out last, by flat names."""
+        ...
+
 
 class Scorer(Protocol):
     """A frozen model: how likely were these samples?"""

@@ -35,6 +35,9 @@ class DatasetSource:
     def restore(self, state: Mapping[str, Any]) -> None:
         self._cursor.restore(state)
 
+    def figures(self) -> Mapping[str, float]:
+        return {}
+
 
 def probe_groups(samples: Sequence[Sample], put: Put) -> list[Group]:
     """A whole evaluation file as groups over one block, put once for the job's life."""

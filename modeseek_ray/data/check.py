@@ -188,7 +188,7 @@ def _check_prompts(config: JobConfig, report: FileReport) -> Iterator[Warn]:
     if rollout is not None and report.rows < rollout.prompts_per_round:
         yield Warn(
             "few_prompts",
-            f"a round takes {rollout.prompts_per_round} prompts, the file has {report.rows}: some come twice.",
+            f"a round takes {rollout.prompts_per_round} prompts, the file has {report.rows}: each round asks them all.",
             param=f"method.{config.method.type}.rollout.prompts_per_round",
         )
 

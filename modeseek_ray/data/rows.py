@@ -35,6 +35,7 @@ _COMMON_FIELDS = {"weight", "id", "reward", "group", "logprobs", "task", "accept
 _CHAT_FIELDS = _COMMON_FIELDS | {"messages", "tools", "parallel_tool_calls"}
 _COMPLETION_FIELDS = _COMMON_FIELDS | {"prompt", "completion"}
 _TOKENS_FIELDS = _COMMON_FIELDS | {"token_ids", "prompt_tokens"}
+_TOKENS_FIELDS |= {"text", "error", "weight_version"}  # for people; not looked at
 _MESSAGE_FIELDS = {"role", "content", "weight", "name", "tool_calls", "tool_call_id", "reasoning_content"}
 _ROLES_OF_MESSAGES = {"system", "developer", "user", "assistant", "tool", "function"}
 

@@ -84,6 +84,7 @@ def _flatten_step(report: StepReport) -> Row:
     if report.num_positions > 0:
         row["padded_share"] = report.num_padded / report.num_positions
     row |= _known(kl_nats=report.kl_nats)
+    row |= report.figures
     row |= {f"seconds_{part}": value for part, value in report.seconds.items()}
     return row
 
