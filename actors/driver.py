@@ -127,7 +127,7 @@ class Driver:
             await self._trainer.load(directory)
             self._source.restore(self.state.cursor)
             await self._journal.message(f"Resumed from {directory.name} at step {self.state.step}.")
-        await self._sync()
+            await self._sync()
 
     async def _train(self, groups: list[Group]) -> None:
         """One pass of the method over one global batch."""
@@ -186,7 +186,7 @@ class Driver:
             return
         await self._journal.section("sync", deadline_s=1800)
         figures = await self._channel.sync(self.state.step)
-        self._sync_figures = {f"sync.{name}": value for name, value in figures.items()}
+        self._sync_figures = {f"sync.{n.removeprefix('sync_')}": value for n, value in figures.items()}
 
     def _weigh(self, groups: Sequence[Group]) -> Weights:
         progress = self.state.step / max(self._plan.total_steps, 1)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from actors.driver import Driver, Plan
+from actors.inner import mini_batches
 from modeseek_ray.data.auto import ResolvedTraining
 from modeseek_ray.errors import NumericsError
 from modeseek_ray.types import EvalReport, Group, Handle, StepPlan, StepReport
@@ -38,6 +39,30 @@ class FourBatches:
     def restore(self, state: Mapping[str, Any]) -> None:
         self.handed = state["handed"]
 
+    def figures(self) -> Mapping[str, float]:
+        return {"handed": float(self.handed)}
+
+
+class EmptySecond(FourBatches):
+    """The second batch has nothing to train on."""
+
+    async def __aiter__(self) -> Any:
+        async for groups in super().__aiter__():
+            yield [] if self.handed == 2 else groups
+
+
+class FakeChannel:
+    """Weights to a generator that is not there."""
+
+    def __init__(self, trainer: FakeTrainer) -> None:
+        self.versions: list[int] = []
+        self._trainer = trainer
+
+    async def sync(self, version: int) -> Mapping[str, float]:
+        self._trainer.calls.append("sync")
+        self.versions.append(version)
+        return {"seconds": 0.5}
+
 
 class FakeTrainer:
     """Answers what a policy would, and writes down what it was asked."""
@@ -55,6 +80,10 @@ class FakeTrainer:
         self.calls.append("score")
         moved = "step" in self.calls
         return [g.with_columns(log_policy_N=np.array([float(j * moved)])) for j, g in enumerate(groups)]
+
+    async def begin(self, groups: Sequence[Group]) -> list[Group]:
+        self.calls.append("begin")
+        return [g.with_columns(log_policy_N=np.zeros(1)) for g in groups]
 
     async def step(self, groups: Sequence[Group], plan: StepPlan) -> StepReport:
         self.calls.append("step")
@@ -76,6 +105,7 @@ class FakeJournal:
     def __init__(self, stop_at: int | None = None, wanted: str = "cancel") -> None:
         self.steps: list[int] = []
         self.weights: list[np.ndarray] = []
+        self.reports: list[StepReport] = []
         self.asked = 0
         self.stop_at = stop_at
         self.wanted = wanted
@@ -87,6 +117,7 @@ class FakeJournal:
     async def record(self, step: int, groups: Any, weights: Any, report: Any, total_steps: int) -> None:
         self.steps.append(step)
         self.weights.append(weights.values_N)
+        self.reports.append(report)
 
     async def evaluated(self, step: int, reports: Any) -> None: ...
 
@@ -137,9 +168,15 @@ def _training() -> dict[str, Any]:
 
 
 def _driver(
-    plan: Plan, *, trainer: FakeTrainer, journal: FakeJournal, checkpoints: Any = None, **more: Any
+    plan: Plan,
+    *,
+    trainer: FakeTrainer,
+    journal: FakeJournal,
+    checkpoints: Any = None,
+    source: FourBatches | None = None,
+    **more: Any,
 ) -> Driver:
-    return Driver(plan, FourBatches(), trainer, journal, checkpoints or MemoryCheckpoints(), **more)  # type: ignore[arg-type]
+    return Driver(plan, source or FourBatches(), trainer, journal, checkpoints or MemoryCheckpoints(), **more)  # type: ignore[arg-type]
 
 
 async def test_plain_fine_tuning_costs_no_scoring_pass() -> None:
@@ -204,3 +241,63 @@ async def test_a_kl_budget_steers_the_coefficient_and_survives_a_pause() -> None
     await _driver(plan, trainer=second, journal=FakeJournal(), checkpoints=checkpoints).run()
     coefficients = [p.kl_coefficient for p in (*first.plans, *second.plans)]
     assert coefficients == pytest.approx([1.0, 1.1, 1.21, 1.331])
+
+
+async def test_the_weights_go_to_the_generator_after_each_batch() -> None:
+    trainer, journal = FakeTrainer(), FakeJournal()
+    channel = FakeChannel(trainer)
+    await _driver(_plan(), trainer=trainer, journal=journal, channel=channel).run()
+    assert trainer.calls[:5] == ["step", "sync", "step", "sync", "save"]
+    assert channel.versions == [1, 2, 3, 4]
+    assert journal.reports[0].figures == {"handed": 1.0}
+    assert journal.reports[1].figures == {"handed": 2.0, "sync.seconds": 0.5}
+
+
+async def test_a_resumed_attempt_hands_its_weights_over_before_it_asks_for_samples() -> None:
+    checkpoints, trainer = MemoryCheckpoints(), FakeTrainer()
+    await _driver(
+        _plan(), trainer=FakeTrainer(), journal=FakeJournal(stop_at=3), checkpoints=checkpoints
+    ).run()
+    channel = FakeChannel(trainer)
+    await _driver(
+        _plan(), trainer=trainer, journal=FakeJournal(), checkpoints=checkpoints, channel=channel
+    ).run()
+    assert trainer.calls[:3] == ["load", "sync", "step"] and channel.versions == [2, 3, 4]
+
+
+async def test_a_batch_without_samples_counts_and_trains_nothing() -> None:
+    trainer, journal = FakeTrainer(), FakeJournal()
+    outcome = await _driver(_plan(), trainer=trainer, journal=journal, source=EmptySecond()).run()
+    assert outcome.state.step == 4 and journal.steps == [1, 3, 4] and trainer.calls.count("step") == 3
+
+
+async def test_inner_steps_share_one_weighing_and_look_back_to_its_policy() -> None:
+    trainer, journal = FakeTrainer(), FakeJournal()
+    plan = dataclasses.replace(_plan(), inner_steps=2, looks_back=True)
+    await _driver(plan, trainer=trainer, journal=journal).run()
+    assert trainer.calls[:4] == ["begin", "step", "step", "begin"]
+    assert [len(p.values_N) for p in trainer.plans] == [1] * 8
+    assert [p.denominator for p in trainer.plans] == [3.0] * 8
+    assert journal.reports[0].num_tokens == 12 and journal.steps == [1, 2, 3, 4]
+
+
+def test_mini_batches_hold_every_sample_once_with_its_weight() -> None:
+    groups = [
+        Group(
+            prompt=g, row_N=np.arange(10 * g, 10 * g + n), num_tokens_N=np.full(n, 3), length_N=np.full(n, 5),
+            payload=Handle([], np.arange(n)), log_policy_N=-np.arange(10.0 * g, 10 * g + n),
+        )
+        for g, n in enumerate((3, 1, 4))
+    ]  # fmt: skip
+    rows_N = np.concatenate([g.row_N for g in groups])
+    parts = mini_batches(groups, rows_N / 7.0, 3, seed=(0, 1))
+    assert [len(p.values_N) for p in parts] == [3, 3, 2]
+    for part in parts:
+        rows = np.concatenate([g.row_N for g in part.groups])
+        np.testing.assert_array_equal(part.values_N, rows / 7.0)
+        np.testing.assert_array_equal(
+            np.concatenate([g.log_policy_N for g in part.groups]), -rows.astype(float)
+        )
+        np.testing.assert_array_equal(np.concatenate([g.payload.index_N for g in part.groups]), rows % 10)
+    assert sorted(np.concatenate([g.row_N for p in parts for g in p.groups])) == sorted(rows_N)
+    assert mini_batches(groups, rows_N, 1, seed=(0, 1))[0].groups == groups
