@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.inner import merge_reports, mini_batches
+from actors.inner import MiniBatch, merge_reports, mini_batches
 from actors.roles import Desired, Journal, Scorer, Source, Trainer, WeightChannel
 from modeseek_ray.data.auto import ResolvedTraining, learning_rate_at
 from modeseek_ray.errors import NumericsError
-from modeseek_ray.types import EvalReport, Evidence, FloatArray, Group, StepPlan, StepReport, Weights
+from modeseek_ray.types import EvalReport, Evidence, Group, StepPlan, StepReport, Weights
 from modeseek_ray.weights import Weighting, kl_coefficient, needs, observe, weigh
 
 
@@ -166,7 +166,7 @@ class Driver:
         """One optimizer step, or several on parts of the batch. The weights stay as they are meanwhile."""
         seed = (self._plan.seed, self.state.step)
         reports = [
-            await self._trainer.step(part.groups, self._step_plan(part.groups, part.values_N))
+            await self._trainer.step(part.groups, self._step_plan(part, weights))
             for part in mini_batches(groups, weights.values_N, self._plan.inner_steps, seed=seed)
         ]
         report = merge_reports(reports)
@@ -198,15 +198,15 @@ class Driver:
         used = {"kl_coefficient": self._kl_coefficient()}
         return replace(weights, metrics={**weights.metrics, **used})
 
-    def _step_plan(self, groups: Sequence[Group], values_N: FloatArray) -> StepPlan:
+    def _step_plan(self, part: MiniBatch, weights: Weights) -> StepPlan:
         """D is the batch's trained tokens, or its samples: never the sum of weights."""
         training = self._plan.training
         by_token = training.aggregation == "token"
-        num_tokens = sum(int(g.num_tokens_N.sum()) for g in groups)
+        num_tokens = sum(int(g.num_tokens_N.sum()) for g in part.groups)
         return StepPlan(
             step=self.state.step,
-            values_N=values_N,
-            denominator=float(num_tokens if by_token else sum(len(g) for g in groups)),
+            values_N=part.values_N,
+            denominator=float(num_tokens if by_token else len(part.values_N)),
             learning_rate=learning_rate_at(self.state.step, self._plan.total_steps, training),
             kl_coefficient=self._kl_coefficient(),
             token_parameters=weights.token_parameters,
