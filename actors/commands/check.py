@@ -15,7 +15,7 @@ from rich.syntax import Syntax
 from actors.cli import checks
 from actors.cli import doctor as examination
 from actors.cli.outlook import show_look
-from actors.commands.outlook import Look, look
+from actors.commands.outlook import Look, look, write_look
 from actors.commands.preflight import files_of, local_model, preflight
 from modeseek_ray.config import JobConfig, read_config
 from modeseek_ray.data.check import inspect_job
@@ -51,7 +51,7 @@ def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = F
         seen = _look(config, files["training_file"], model, home, behavior, options, console)
         answer["outlook"] = seen.to_dict()
         if options.html is not None:
-            _write_page(seen, options.html, job_file.stem, files["training_file"])
+            write_look(seen, options.html, job_file.stem, files["training_file"])
             console.print(f"Page    {options.html}", highlight=False, soft_wrap=True)
     if as_json:
         json.dump(answer, sys.stdout, allow_nan=False, ensure_ascii=False, indent=1)
@@ -82,16 +82,6 @@ def _look(
         )
     console.print(show_look(seen))
     return seen
-
-
-def _write_page(seen: Look, out: Path, title: str, training_file: Path) -> None:
-    from modeseek_ray.reports.outlook import write_outlook  # matplotlib: not before it is needed
-
-    lead = (
-        f"{seen.num_rows:,} of {seen.num_rows_file:,} rows, scored under the start and weighed as one batch."
-        f" Median loss {seen.median_initial_nll:.3g} nats per token."
-    )
-    write_outlook(seen.outlooks, out, title=title, lead=lead, impossible=seen.impossible, texts=training_file)
 
 
 def doctor(home: Home, url: str) -> int:

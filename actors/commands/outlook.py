@@ -20,12 +20,12 @@ from modeseek_ray.data.dataset import Dataset
 from modeseek_ray.data.loading import load_samples
 from modeseek_ray.data.tokenizer import ChatTokenizer
 from modeseek_ray.errors import ConfigError
+from modeseek_ray.jobs.look import ROWS, LookRequest
 from modeseek_ray.jobs.models import ModelInfo
 from modeseek_ray.types import Evidence, FloatArray, IntArray, Sample
-from modeseek_ray.weights import PRESETS, Weighting, needs
+from modeseek_ray.weights import Weighting, needs
 from modeseek_ray.weights.outlook import Outlook, not_possible, outlook
 
-ROWS = 2000
 DEADLINE_S = 6 * 3600.0
 SHOWN_BESIDE = ("sft", "flow", "anchored", "mode_seeking")
 OWN = "this job"
@@ -55,12 +55,7 @@ class Look:
 
 def weightings(config: JobConfig, presets: Sequence[str] = ()) -> dict[str, Weighting]:
     """The job's own and the presets asked for, by name. Raises `ConfigError` for one there is not."""
-    for name in presets:
-        if name not in PRESETS:
-            raise ConfigError(
-                f"there is no preset {name!r}.", param="--preset", mend=f"There are {', '.join(PRESETS)}."
-            )
-    names = list(dict.fromkeys(presets or SHOWN_BESIDE))
+    names = LookRequest.of(presets, param="--preset").presets or SHOWN_BESIDE
     return {OWN: config.weighting, **{name: Weighting(preset=name) for name in names}}
 
 
@@ -101,6 +96,17 @@ def look(
     if wants_behavior and dataset.log_behavior_N is None and behavior_model is not None:
         dataset = dataset.with_columns(log_behavior_N=score(behavior_model))
     return _weigh(dataset, chosen, len(samples))
+
+
+def write_look(seen: Look, out: Path, title: str, training_file: Path) -> None:
+    """Write the page with plots; the rows it names are shown with their texts."""
+    from modeseek_ray.reports.outlook import write_outlook  # matplotlib: not before it is needed
+
+    lead = (
+        f"{seen.num_rows:,} of {seen.num_rows_file:,} rows, scored under the start and weighed as one batch."
+        f" Median loss {seen.median_initial_nll:.3g} nats per token."
+    )
+    write_outlook(seen.outlooks, out, title=title, lead=lead, impossible=seen.impossible, texts=training_file)
 
 
 def draw(group_N: IntArray, rows: int, seed: int) -> IntArray:

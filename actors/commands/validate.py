@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from actors.commands.outlook import look
+from actors.commands.outlook import look, write_look
 from actors.commands.preflight import preflight
 from modeseek_ray.data.check import inspect_job
 from modeseek_ray.errors import ModeseekError
+from modeseek_ray.jobs.look import LookRequest
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.spec import JobSpec
 
@@ -21,7 +22,8 @@ from modeseek_ray.jobs.spec import JobSpec
 def validate(job_id: str, home: Path, *, score: bool = False) -> int:
     """Print `{"ok", "error", "report"}`. The exit code is 0 whenever that could be said.
 
-    With `score` the report has an `outlook`: what the job's weighting and some presets would do.
+    With `score` the report has an `outlook`: what the job's weighting and the presets asked for
+    (`Home.look`) would do; and there is a page with plots (`Home.outlook_html`).
     """
     json.dump(_outcome(job_id, Home(home), score), sys.stdout, allow_nan=False)
     sys.stdout.write("\n")
@@ -36,14 +38,20 @@ def _outcome(job_id: str, home: Home, score: bool) -> dict[str, Any]:
         checked = preflight(spec.config, data, spec.model_path, has_behavior=has_behavior)
         report = checked.to_dict()
         if score:
+            request = LookRequest.read(home.look(job_id))
             seen = look(
                 spec.config,
                 spec.files["training_file"],
                 spec.model_path,
                 home.cache,
                 behavior_model=spec.behavior_model_path,
+                presets=request.presets,
+                rows=request.rows,
             )
             report["outlook"] = seen.to_dict()
+            write_look(
+                seen, home.outlook_html(job_id), spec.config.suffix or job_id, spec.files["training_file"]
+            )
         return {"ok": True, "error": None, "report": report}
     except ModeseekError as error:
         return {

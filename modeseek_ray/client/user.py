@@ -7,7 +7,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -136,12 +136,18 @@ class Client:
         """Everything a submission checks, nothing started: `valid`, `error`, `report`."""
         return self._json("POST", "/v1/fine_tuning/jobs/validate", json=_body(config), timeout=900.0)
 
-    def look(self, config: JobConfig | Mapping[str, Any]) -> Json:
+    def look(
+        self, config: JobConfig | Mapping[str, Any], *, presets: Sequence[str] = (), rows: int | None = None
+    ) -> Json:
         """Start a validation that also scores rows under the start; ask `validation` for its result.
 
+        `presets` are shown beside the job's own weighting, at most `rows` rows are scored (0 = all).
         What is wrong already is said at once, as `validate` says it.
         """
-        return self._json("POST", "/v1/fine_tuning/jobs/validate?score=true", json=_body(config))
+        params: dict[str, Any] = {"score": "true", "preset": list(presets)}
+        if rows is not None:
+            params["rows"] = rows
+        return self._json("POST", "/v1/fine_tuning/jobs/validate", json=_body(config), params=params)
 
     def validation(self, validation_id: str) -> Json:
         """A validation with scores: `status`, and `result` once that is `finished`."""

@@ -92,6 +92,18 @@ class Home:
     def report_html(self, job_id: str) -> Path:
         return self.results(job_id) / "report.html"
 
+    def look(self, validation_id: str) -> Path:
+        """Which weightings a validation with scores is to show, on how many rows: a `LookRequest`."""
+        return self.job(validation_id) / "look.json"
+
+    def validation(self, validation_id: str) -> Path:
+        """State and outcome of a validation with scores."""
+        return self.job(validation_id) / "validation.json"
+
+    def outlook_html(self, validation_id: str) -> Path:
+        """Its page with plots."""
+        return self.job(validation_id) / "outlook.html"
+
     def model(self, job_id: str) -> Path:
         """The exported Hugging Face directory."""
         return self.job(job_id) / "model"

@@ -53,6 +53,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         _remove_drafts(home)
+        if service.validations is not None:
+            service.validations.resume()
         task = None if reconciler is None else asyncio.create_task(reconciler.run())
         try:
             yield

@@ -18,6 +18,7 @@ from modeseek_ray.client import finite
 from modeseek_ray.config import JobConfig
 from modeseek_ray.errors import ModeseekError
 from modeseek_ray.jobs.errors import NotFoundError
+from modeseek_ray.jobs.look import ROWS, LookRequest
 from modeseek_ray.jobs.records import JobRecord, new_id
 from modeseek_ray.jobs.spec import JobSpec
 from modeseek_ray.reports.distribution import read_distribution
@@ -26,7 +27,7 @@ from modeseek_ray.service.body import read_json
 from modeseek_ray.service.context import Caller, CallerDep, Service, ServiceDep
 from modeseek_ray.service.errors import ERROR_RESPONSES, RequestError
 from modeseek_ray.service.submission import accept, check
-from modeseek_ray.service.validations import validation_of
+from modeseek_ray.service.validations import PREFIX, validation_of
 from modeseek_ray.service.wire import (
     CheckpointObject,
     JobError,
@@ -68,27 +69,34 @@ async def validate_job(
     service: ServiceDep,
     caller: CallerDep,
     score: Annotated[bool, Query()] = False,
+    preset: Annotated[list[str] | None, Query(max_length=32)] = None,
+    rows: Annotated[int, Query(ge=0, le=10_000_000)] = ROWS,
 ) -> Validation | ValidationObject:
     """Check all that a submission checks, tokens included, and start nothing.
 
     With `score`, rows are scored under the start as well, to see what weightings would make of them.
     That takes a while: what is wrong already is said at once, else the answer is 202 and where to ask.
+    `preset` (may be repeated) says which to show beside the job's own weighting, `rows` how many rows
+    to score at most; 0 = all.
     """
     body = await read_json(request, service.settings.max_body_bytes)
-    job_id = new_id("check")
+    job_id = new_id(PREFIX)
     directory = service.home.job(job_id)
     handed_over = False
     try:
         if score and service.validations is not None:
             service.validations.refuse_crowds(caller.tenant_id)
+        look = LookRequest.of(preset or [], rows)
         checked = await run_in_threadpool(check, service, caller, body)
         if service.validator is None:
             return Validation(valid=True)
         await run_in_threadpool(checked.spec(service, job_id).write, service.home.config(job_id))
         if score and service.validations is not None:
+            await run_in_threadpool(look.write, service.home.look(job_id))
+            started = service.validations.start(job_id, caller.tenant_id)
             handed_over = True
             response.status_code = 202
-            return service.validations.start(job_id, caller.tenant_id)
+            return started
         outcome = await service.validator.validate(job_id)
     except ModeseekError as error:
         if error.http_status >= 500:

@@ -21,6 +21,7 @@ from modeseek_ray.service import ServiceSettings, create_app
 from modeseek_ray.service.validations import Validations
 
 URL = "/v1/fine_tuning/jobs/validate?score=true"
+LIST = "/v1/fine_tuning/validations"
 
 
 class Held:
@@ -51,6 +52,13 @@ def held() -> Held:
 
 
 @pytest.fixture
+def home(tmp_path: Path) -> Home:
+    home = Home(tmp_path / "home")
+    home.prepare()
+    return home
+
+
+@pytest.fixture
 def waiting(tmp_path: Path, tiny_dense: Path, held: Held) -> Iterator[TestClient]:
     with application(tmp_path, held, tiny_dense.parent) as client:
         yield client
@@ -67,8 +75,9 @@ def body(client: TestClient, model: Path, **changes: Any) -> dict[str, Any]:
 
 def test_a_look_over_http_with_the_real_process(tmp_path: Path, tiny_dense: Path) -> None:
     home = Home(tmp_path / "home")
+    asked = f"{URL}&preset=flow&preset=rwr&rows=6"
     with application(tmp_path, ProcessValidator(home), tiny_dense.parent) as client:
-        answer = client.post(URL, json=body(client, tiny_dense))
+        answer = client.post(asked, json=body(client, tiny_dense))
         assert answer.status_code == 202, answer.text
         started = answer.json()
         assert (started["status"], started["result"]) == ("queued", None)
@@ -79,16 +88,14 @@ def test_a_look_over_http_with_the_real_process(tmp_path: Path, tiny_dense: Path
     result = found["result"]
     assert result["valid"], result["error"]
     outlook = result["report"]["outlook"]
-    assert (outlook["num_rows"], outlook["num_rows_file"]) == (8, 8)
-    assert [seen["name"] for seen in outlook["outlooks"]] == [
-        "this job",
-        "sft",
-        "flow",
-        "anchored",
-        "mode_seeking",
-    ]
-    assert {part["label"] for part in outlook["outlooks"][2]["by_source"]} == {"t0", "t1"}
-    assert not home.job(found["id"]).exists()
+    assert (outlook["num_rows"], outlook["num_rows_file"]) == (6, 8)
+    assert [seen["name"] for seen in outlook["outlooks"]] == ["this job", "flow"]
+    assert [each["name"] for each in outlook["impossible"]] == ["rwr"]
+    with application(tmp_path, Held(), tiny_dense.parent) as client:  # another process of the service
+        assert client.get(started["url"]).json() == found
+        page = client.get(f"{started['url']}/report")
+        assert page.headers["content-type"].startswith("text/html")
+        assert page.text.count("<svg") == 6  # histogram, sources and lengths of two weightings
 
 
 def test_what_is_wrong_already_is_said_at_once(waiting: TestClient, held: Held, tiny_dense: Path) -> None:
@@ -109,8 +116,58 @@ def test_one_runs_and_the_others_wait_up_to_a_limit(
     assert held.scored == [urls[0].rsplit("/", 1)[1]]
 
 
-async def test_nobody_elses_is_found(tmp_path: Path, held: Held) -> None:
-    validations = Validations(Home(tmp_path), held)
+def test_a_preset_there_is_not_is_named_at_once(waiting: TestClient, held: Held, tiny_dense: Path) -> None:
+    answer = waiting.post(f"{URL}&preset=flaw", json=body(waiting, tiny_dense)).json()
+    assert (answer["valid"], answer["error"]["param"]) == (False, "preset")
+    assert held.scored == [] and waiting.get(LIST).json()["data"] == []
+
+
+async def test_a_restart_lists_what_was_finished_and_does_the_rest_again(home: Home) -> None:
+    """Finished, running and queued, and a directory cut off before anybody was told of it."""
+    first = Held()
+    validations = Validations(home, first)
+    for name in ("check-1", "check-2", "check-3"):
+        validations.start(name, "mine")
+        if name == "check-1":
+            first.go.set()
+            while validations.get(name, "mine").status != "finished":
+                await asyncio.sleep(0.01)
+            first.go.clear()
+    while validations.get("check-2", "mine").status != "running":
+        await asyncio.sleep(0.01)
+    await validations.close()
+    home.job("check-4").mkdir()
+
+    second = Held()
+    restarted = Validations(home, second)
+    restarted.resume()
+    listed = restarted.page("mine", None, 10)
+    assert [(one.id, one.result) for one in listed.data] == [(f"check-{n}", None) for n in (3, 2, 1)]
+    assert restarted.get("check-1", "mine").result is not None
+    assert restarted.page("mine", "check-2", 10).data[0].id == "check-1"
+    assert restarted.page("theirs", None, 10).data == []
+    second.go.set()
+    async with asyncio.timeout(20):
+        while any(one.status != "finished" for one in restarted.page("mine", None, 10).data):
+            await asyncio.sleep(0.01)
+    assert second.scored == ["check-2", "check-3"]
+    assert not home.job("check-4").exists()
+
+
+async def test_only_the_newest_are_kept(home: Home, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeseek_ray.service.validations.KEPT", 2)
+    validations = Validations(home, held)
+    held.go.set()
+    for name in ("check-1", "check-2", "check-3"):
+        validations.start(name, "mine")
+    async with asyncio.timeout(20):
+        while len(validations.page("mine", None, 10).data) > 2 or home.job("check-1").exists():
+            await asyncio.sleep(0.01)
+    assert [one.id for one in validations.page("mine", None, 10).data] == ["check-3", "check-2"]
+
+
+async def test_nobody_elses_is_found(home: Home, held: Held) -> None:
+    validations = Validations(home, held)
     validations.start("check-1", "mine")
     assert validations.get("check-1", "mine").status == "queued"
     with pytest.raises(NotFoundError):
@@ -118,12 +175,12 @@ async def test_nobody_elses_is_found(tmp_path: Path, held: Held) -> None:
     await validations.close()
 
 
-async def test_one_that_cannot_be_run_ends_and_lets_the_next_run(tmp_path: Path) -> None:
+async def test_one_that_cannot_be_run_ends_and_lets_the_next_run(home: Home) -> None:
     class Broken:
         async def validate(self, job_id: str, *, score: bool = False) -> ValidationOutcome:
             raise OSError("no more processes")
 
-    validations = Validations(Home(tmp_path), Broken())
+    validations = Validations(home, Broken())
     for name in ("check-1", "check-2"):
         validations.start(name, "mine")
     async with asyncio.timeout(20):
