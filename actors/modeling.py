@@ -33,9 +33,23 @@ def load_causal_lm(path: str | Path, dtype: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
+    return _load(AutoModelForCausalLM, "causal language model", path, dtype)
+
+
+def load_sequence_classifier(path: str | Path, dtype: str) -> PreTrainedModel:
+    """A sequence classifier (a reward model), under the same conditions and with the same errors.
+
+    A language model is none: it lacks the head, and a random one would grade at random.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    return _load(AutoModelForSequenceClassification, "sequence classifier", path, dtype)
+
+
+def _load(auto_class: Any, kind: str, path: str | Path, dtype: str) -> PreTrainedModel:
     try:
         with _LOADING:
-            model, loaded = AutoModelForCausalLM.from_pretrained(
+            model, loaded = auto_class.from_pretrained(
                 path,
                 output_loading_info=True,
                 dtype=DTYPES[dtype],
@@ -45,7 +59,7 @@ def load_causal_lm(path: str | Path, dtype: str) -> PreTrainedModel:
             )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"cannot be loaded as a causal language model: {error}",
+            f"cannot be loaded as a {kind}: {error}",
             file=str(path),
             mend="Give a Hugging Face directory with config.json and safetensors of a supported architecture.",
         ) from error

@@ -4,8 +4,7 @@
 entry point (`registry.py`).
 """
 
-from modeseek_ray.rewards.build import build_grader, check_grader, local_models
-from modeseek_ray.rewards.endpoints import Endpoint, read_endpoints
+# First: plug-ins are loaded below, while this package is still half imported, and they want these.
 from modeseek_ray.rewards.grader import (
     Grade,
     GradeItem,
@@ -15,6 +14,10 @@ from modeseek_ray.rewards.grader import (
     SampleError,
     refuse_if_failing,
 )
+
+# isort: split
+from modeseek_ray.rewards.build import build_grader, check_grader, local_models
+from modeseek_ray.rewards.endpoints import Endpoint, read_endpoints
 from modeseek_ray.rewards.parameters import GraderSection
 from modeseek_ray.rewards.score_model import Classifier
 
