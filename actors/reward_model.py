@@ -70,7 +70,7 @@ class RewardModel:
                 f"its tokenizer cannot be loaded: {error}",
                 file=spec.model_path,
                 mend="`tokenizer.save_pretrained(directory)`",
-                code="tokenizer_missing",
+                code="no_tokenizer",
             ) from error
 
     def _find_label(self) -> int | None:
