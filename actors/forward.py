@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.engine import ZeroEngine
@@ -25,10 +27,24 @@ from modeseek_ray.objectives.collate import Batch, collate
 from modeseek_ray.objectives.logprobs import TokenScores
 from modeseek_ray.objectives.loss import sum_by_sample
 from modeseek_ray.objectives.model import Reference, ScoringModel
+from modeseek_ray.routing.hooks import Recording, record_routes, replay_routes
+from modeseek_ray.routing.wire import Routes, batch_routes
 from modeseek_ray.types import FloatArray, IntArray, Objective, Sample
 
 _DUMMY = Sample(row=-1, token_ids_T=np.zeros(2, dtype=np.int32), trained_T=np.array([False, True]))
 _NO_SAMPLES: IntArray = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts an MoE model's pass asks: those of `replayed_N` (wire form, one entry per sample of the
+    rank, None = live), or live ones, which may be recorded. Dummies are routed live."""
+
+    replayed_N: Sequence[Routes | None] | None = None
+    record: bool = False
+
+
+LIVE_ROUTING = Routing()
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,7 @@ class Forward:
     batch: Batch
     scores: TokenScores
     log_reference_M: Tensor | None = None  # under pi_0, where a token factor asks for it
+    routes_BSLK: NDArray[np.int16] | None = None  # where they were recorded
 
     @property
     def is_dummy(self) -> bool:
@@ -48,6 +65,10 @@ class Forward:
         """A per-token column summed over each sample's tokens, [B] float64; nothing for a dummy."""
         total_B = sum_by_sample(column_M, self.batch.sample_M, len(self.batch.num_tokens_B))
         return total_B.cpu().numpy()[: len(self.index_B)]
+
+    def routes_of(self, b: int, length: int) -> NDArray[np.int16] | None:
+        """The recorded routes of its b-th sample in wire form, a copy; None where none were recorded."""
+        return None if self.routes_BSLK is None else self.routes_BSLK[b, : length - 1].copy()
 
 
 class ForwardPasses:
@@ -82,6 +103,7 @@ class ForwardPasses:
         *,
         keep_hidden: bool = False,
         reference_of: Callable[[Sequence[Sample]], Reference] | None = None,
+        routing: Routing = LIVE_ROUTING,
     ) -> Iterator[Forward]:
         """Without gradient and without dropout. `reference_of` gives what a KL is measured against."""
         for index_B in self.cut(samples) if cuts is None else cuts:
@@ -91,19 +113,38 @@ class ForwardPasses:
                 reference_of([samples[i] for i in index_B]) if has_reference and reference_of else None
             )
             self._module.eval()
-            with torch.no_grad():
+            with torch.no_grad(), self._routed(index_B, batch, routing) as recording:
                 scores = self._module(*_inputs(batch), keep_hidden=keep_hidden, reference=reference)
-            yield Forward(index_B, batch, scores)
+            yield _with_routes(Forward(index_B, batch, scores), recording)
 
-    def train(self, samples: Sequence[Sample], cuts: Sequence[IntArray]) -> Iterator[Forward]:
+    def train(
+        self, samples: Sequence[Sample], cuts: Sequence[IntArray], routing: Routing = LIVE_ROUTING
+    ) -> Iterator[Forward]:
         """With gradient, in training mode, one at a time."""
         statistics = self._objective.token_factor == "eaft"
         for index_B in cuts:
             batch = self._collate(samples, index_B)
             reference, log_reference_M = self._reference(batch)
             self._module.train()
-            scores = self._engine.forward(*_inputs(batch), statistics=statistics, reference=reference)
-            yield Forward(index_B, batch, scores, log_reference_M)
+            with self._routed(index_B, batch, routing) as recording:
+                scores = self._engine.forward(*_inputs(batch), statistics=statistics, reference=reference)
+            yield _with_routes(Forward(index_B, batch, scores, log_reference_M), recording)
+
+    @contextmanager
+    def _routed(self, index_B: IntArray, batch: Batch, routing: Routing) -> Iterator[Recording | None]:
+        """The one forward pass of a micro-batch goes in here. Recomputation in the backward pass takes the
+        same routes after the context was left."""
+        replayed_N = routing.replayed_N
+        given_B = [] if replayed_N is None else [replayed_N[i] for i in index_B]
+        if any(routes is not None for routes in given_B):
+            routes_BSLK = batch_routes(given_B, batch.input_ids_BS.shape[1])
+            with replay_routes(self._module, routes_BSLK):
+                yield None
+        elif routing.record and len(index_B):
+            with record_routes(self._module) as recording:
+                yield recording
+        else:
+            yield None
 
     @torch.no_grad()
     def _reference(self, batch: Batch) -> tuple[Reference | None, Tensor | None]:
@@ -139,10 +180,16 @@ def log_probs(num_samples: int, forwards: Iterator[Forward] | list[Forward]) -> 
 
 
 def fingerprint(sample: Sample) -> bytes:
-    """Same tokens, same trained positions: the same sample, wherever it was copied from."""
+    """Same tokens, same trained positions, same routes: the same sample, wherever it was copied from."""
     digest = hashlib.sha256(np.ascontiguousarray(sample.token_ids_T, dtype=np.int32).tobytes())
     digest.update(np.packbits(sample.trained_T).tobytes())
+    if sample.routes_TLK is not None:
+        digest.update(np.ascontiguousarray(sample.routes_TLK).data)
     return digest.digest()
+
+
+def _with_routes(forward: Forward, recording: Recording | None) -> Forward:
+    return forward if recording is None else replace(forward, routes_BSLK=recording.routes)
 
 
 def _inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

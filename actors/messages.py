@@ -10,12 +10,61 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from modeseek_ray.objectives.deltas import DeltaSums
 from modeseek_ray.types import BoolArray, FloatArray, IntArray
 
 # A worker is handed blocks of samples and picks into them: (which block, which sample of it).
 # Blocks travel as arguments of their own, so that Ray hands them over by reference.
 Pick = tuple[int, int]
 Picks = Sequence[Pick]
+
+
+@dataclass(frozen=True)
+class RouteCounts:
+    """The trainer's live routes against the sampler's, counted where the sampler's are known.
+
+    >>> (RouteCounts(8, 1, 4, 1) + RouteCounts(8, 0, 4, 0)).figures()
+    {'routes/changed_token_layers': 0.0625, 'routes/changed_tokens': 0.125}
+    """
+
+    num_token_layers: int = 0
+    num_changed_token_layers: int = 0  # another set of experts
+    num_tokens: int = 0
+    num_changed_tokens: int = 0  # in at least one layer
+
+    def __add__(self, other: RouteCounts) -> RouteCounts:
+        mine, theirs = vars(self).values(), vars(other).values()
+        return RouteCounts(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    def figures(self) -> dict[str, float]:
+        if self.num_tokens == 0:
+            return {}
+        return {
+            "routes/changed_token_layers": self.num_changed_token_layers / self.num_token_layers,
+            "routes/changed_tokens": self.num_changed_tokens / self.num_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class RankBeginning:
+    """One rank's answer to `begin`: columns in the order of its picks, and sums over their tokens."""
+
+    log_policy_N: FloatArray
+    sum_delta_N: FloatArray | None = None  # NaN for samples that do not carry the sampler's log-probabilities
+    mismatch: DeltaSums = field(default_factory=DeltaSums)  # pi_old(trainer) / pi_sampler
+    live_mismatch: DeltaSums | None = None  # the same without replay, where it was asked for
+    routes: RouteCounts | None = None
+
+    @classmethod
+    def figures(cls, parts: Sequence[RankBeginning]) -> dict[str, float]:
+        """Global figures under flat names (`objectives.deltas.FIGURES`, `RouteCounts`)."""
+        live = [p.live_mismatch for p in parts if p.live_mismatch is not None]
+        routes = [p.routes for p in parts if p.routes is not None]
+        return {
+            **sum((p.mismatch for p in parts), DeltaSums()).figures("mismatch"),
+            **sum(live, DeltaSums()).figures("mismatch_live"),
+            **sum(routes, RouteCounts()).figures(),
+        }
 
 
 @dataclass(frozen=True)
@@ -31,6 +80,7 @@ class RankReport:
     grad_norm: float  # global: equal on all ranks
     kl_sum: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    ratio: DeltaSums = field(default_factory=DeltaSums)  # pi_theta / pi_old, where the batch was begun
 
 
 @dataclass(frozen=True)

@@ -6,42 +6,34 @@ N  this rank's samples      B  samples of one micro-batch      M  trained tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from actors import modeling
 from actors.allocator import return_freed_memory
+from actors.begun import Begun, Measured
 from actors.engine import ZeroEngine, deepspeed_config, join
 from actors.export import write_export
-from actors.forward import Forward, ForwardPasses, fingerprint, log_probs, needs_reference
+from actors.forward import ForwardPasses, Routing, log_probs, needs_reference
 from actors.lora import adapters_off
-from actors.messages import RankEvaluation, RankReport
+from actors.loss import loss_share
+from actors.messages import RankBeginning, RankEvaluation, RankReport
+from actors.passes import StepPasses, require
 from actors.rng import seed_everything
 from actors.start import Start
 from actors.tally import Seconds, Tally
 from modeseek_ray.errors import ConfigError, NumericsError
-from modeseek_ray.objectives.factors import TokenEvidence, token_factor
-from modeseek_ray.objectives.loss import weighted_loss_sum
 from modeseek_ray.objectives.model import ScoringModel
+from modeseek_ray.routing.hooks import record_routes
 from modeseek_ray.types import FloatArray, Sample, StepPlan
 
 if TYPE_CHECKING:
     from actors.trainer import TrainerSpec
-
-
-@dataclass
-class _Kept:
-    """A scoring pass whose graphs wait for the step on the same samples."""
-
-    fingerprints: list[bytes]
-    forwards: list[Forward]
 
 
 class Policy:
@@ -63,13 +55,8 @@ class Policy:
             sum(p.numel() for p in self._module.parameters() if p.requires_grad or not trainable)
             for trainable in (False, True)
         ]
-        self._has_dropout = modeling.is_stochastic(self._module.model)
-        if self._has_dropout and spec.resources.keep_graph == "always":
-            raise ConfigError(
-                "scoring is done without dropout, so its graph cannot serve a step with dropout.",
-                param="resources.keep_graph",
-                mend='Use "auto", or set the model\'s dropout to zero in its config.json.',
-            )
+        has_dropout = modeling.is_stochastic(self._module.model)
+        _check_model(spec, self._module, has_dropout)
         # Without an adapter to switch off, pi_0 beside the policy is a second set of weights.
         frozen = None
         if needs_reference(spec.objective) and spec.training.lora is None:
@@ -85,7 +72,8 @@ class Policy:
             frozen.to(self.engine.device)
         self._passes = ForwardPasses(self.engine, self._module, spec.objective, spec.resources, frozen)
         self._start = Start()
-        self._kept: _Kept | None = None
+        self._step_passes = StepPasses(self._passes, self.engine, spec, keeps_graphs=not has_dropout)
+        self._begun = Begun()
         self._seconds = Seconds()
         seed_everything(spec.seed + rank)  # dropout differs between ranks
 
@@ -111,49 +99,74 @@ class Policy:
 
     def remember_start(self, samples: Sequence[Sample]) -> None:
         """Keep what exact KL to the policy as it is now needs on these samples."""
-        self._kept = None
+        self._step_passes.let_go()
         with self.engine.whole(*self._module.head.parameters()):
             head = self._module.frozen_head()
         self._start.remember(samples, self._passes.infer(samples, keep_hidden=True), head)
 
     def score(self, samples: Sequence[Sample]) -> FloatArray:
-        """log pi_theta summed over trained tokens, [N] float64; keeps graphs for `step` where that is exact.
-
-        Dropout is off. On ZeRO-3 several forward passes before a backward pass give silently wrong
-        gradients, so there a graph is kept only if the whole step is one micro-batch.
-        """
-        self._kept = None
+        """log pi_theta summed over trained tokens, [N] float64, without dropout; may keep graphs for `step`."""
         self._seconds = Seconds()
         with self._seconds.measure("score"):
-            cuts = self._passes.cut(samples)
-            if not self._keeps_graph(len(cuts)):
-                return log_probs(len(samples), self._passes.infer(samples, cuts))
-            forwards = list(self._passes.train(samples, cuts))
-            self._kept = _Kept([fingerprint(s) for s in samples], forwards)
-            return log_probs(len(samples), forwards)
+            return log_probs(len(samples), self._step_passes.scoring(samples))
+
+    def begin(self, samples: Sequence[Sample]) -> RankBeginning:
+        """`score`, keeping on this rank what steps on any of these samples are compared with.
+
+        That is each token's log pi_old and, for R2, the routes taken: of the policy as it is now, whoever
+        wrote the samples. A sample written by older weights has that staleness in its mismatch ratio,
+        pi_old / pi_sampler, and the clip keeps to what this batch's own steps move (`objectives/ratios.py`).
+
+        R3 replays the sampler's routes here and in the steps; with `compare_routes` a second pass, without
+        gradient, measures what live routes would have been.
+        """
+        self._begun.clear()
+        self._seconds = Seconds()
+        replay = self._spec.objective.routing_replay
+        carried = any(s.routes_TLK is not None for s in samples)
+        if self._spec.objective.mismatch is not None:
+            require(
+                samples, "log_behavior_T", "log-probabilities of its sampler, which `mismatch` corrects for"
+            )
+        measured = Measured(samples, self._spec.objective)
+        with self._seconds.measure("score"):
+            if replay == "R3" and self._spec.compare_routes:  # first: no pass may come after kept graphs
+                measured.add_live(self._passes.infer(samples, routing=Routing(record=True)))
+            record = replay == "R2" or (replay is None and carried)
+            for forward in self._step_passes.scoring(samples, record=record):
+                self._begun.keep(samples, forward)
+                measured.add(forward)
+        return measured.result()
 
     def score_reference(self, samples: Sequence[Sample]) -> FloatArray:
         """log pi_0, [N] float64, with the adapter off."""
-        self._kept = None
+        self._step_passes.let_go()
         with adapters_off(self._module.model):
             return log_probs(len(samples), self._passes.infer(samples))
 
     def step(self, samples: Sequence[Sample], plan: StepPlan) -> RankReport:
-        """One optimizer step: the same operations in the same order whether or not graphs were kept."""
+        """One optimizer step: the same operations in the same order whether or not graphs were kept.
+
+        The samples may be any part of those that were begun. Raises RuntimeError if the objective looks
+        back and they were not.
+        """
         if len(plan.values_N) != len(samples):
             raise ValueError(f"{len(plan.values_N)} weights for {len(samples)} samples")
+        past_N = self._begun.of(samples)
+        if past_N is None and self._spec.objective.looks_back:
+            raise RuntimeError("the objective looks back: call begin() with these samples before step()")
         seconds, self._seconds = self._seconds, Seconds()
-        count, forwards = self._forwards_of_step(samples)
+        count, forwards = self._step_passes.of_step(samples, past_N)
         num_tokens = self.engine.total(sum(s.num_tokens for s in samples))
         tally = Tally()
         for position in range(count):
             with seconds.measure("forward"):
                 forward = next(forwards)
-                loss = self._loss(forward, plan, num_tokens)
-                tally.add(forward, loss)
+                share = loss_share(self._spec.objective, plan, forward, past_N, num_tokens)
+                tally.add(forward, share)
             with seconds.measure("backward"):
-                self.engine.backward(loss, last=position == count - 1)
-            del forward, loss  # the graph, before the next one is built
+                self.engine.backward(share.loss, last=position == count - 1)
+            del forward, share  # the graph, before the next one is built
         self._refuse_nonfinite(tally.nonfinite, samples, plan.step, "log-probability")
         with seconds.measure("optimizer"):
             return_freed_memory()
@@ -164,7 +177,7 @@ class Policy:
 
     def evaluate(self, samples: Sequence[Sample], *, kl: bool) -> RankEvaluation:
         """Sums per sample, without dropout. `kl`: exact forward KL(pi_0 || pi) of remembered samples."""
-        self._kept = None
+        self._step_passes.let_go()
         nll_N, num_correct_N, kl_N = (np.zeros(len(samples)) for _ in range(3))
 
         def start(chosen: Sequence[Sample]) -> Any:
@@ -192,7 +205,8 @@ class Policy:
         self.engine.save(directory)
 
     def load(self, directory: Path) -> None:
-        self._kept = None
+        self._step_passes.let_go()
+        self._begun.clear()
         self.engine.load(directory)
 
     def export(self, directory: Path) -> None:
@@ -212,53 +226,6 @@ class Policy:
 
     def weights_sha256(self) -> str:
         return self.engine.sha256(self._module.model)
-
-    def _forwards_of_step(self, samples: Sequence[Sample]) -> tuple[int, Iterator[Forward]]:
-        """How many micro-batches, and their forward passes: the kept ones if they are of these samples."""
-        kept, self._kept = self._kept, None
-        if kept is not None and kept.fingerprints == [fingerprint(s) for s in samples]:
-            return len(kept.forwards), _drain(kept.forwards)
-        del kept  # other samples' graphs, before new ones are built
-        cuts = self._passes.cut(samples)
-        return len(cuts), self._passes.train(samples, cuts)
-
-    def _loss(self, forward: Forward, plan: StepPlan, num_tokens: int) -> Tensor:
-        """This micro-batch's share of the global loss. `num_tokens` is the global batch's."""
-        objective, batch, scores = self._spec.objective, forward.batch, forward.scores
-        evidence = TokenEvidence(
-            scores.log_prob_M.detach(),
-            top_entropy_M=scores.top_entropy_M,
-            log_reference_M=forward.log_reference_M,
-        )
-        values = np.zeros(1) if forward.is_dummy else plan.values_N[forward.index_B].astype(np.float64)
-        loss = weighted_loss_sum(
-            scores.log_prob_M,
-            batch.sample_M,
-            torch.from_numpy(values).to(self.engine.device),
-            token_factor(
-                objective.token_factor, evidence, {**objective.token_parameters, **plan.token_parameters}
-            ),
-            batch.num_tokens_B,
-            objective.aggregation,
-            plan.denominator,
-        )
-        if scores.kl_M is not None:
-            coefficient = 0.0 if forward.is_dummy else plan.kl_coefficient
-            loss = loss + coefficient * scores.kl_M.double().sum() / num_tokens
-        return loss
-
-    def _keeps_graph(self, num_micro_batches: int) -> bool:
-        """`num_micro_batches` is the same on all ranks, so all decide alike."""
-        choice = self._spec.resources.keep_graph
-        exact = self.engine.zero_stage <= 2 or num_micro_batches == 1
-        if choice == "always" and not exact:
-            raise ConfigError(
-                f"ZeRO-3 cannot keep the graphs of {num_micro_batches} micro-batches:"
-                " several forward passes before a backward pass give wrong gradients there.",
-                param="resources.keep_graph",
-                mend='Use "auto", a lower zero_stage, or a larger micro_batch_tokens.',
-            )
-        return choice != "never" and exact and not self._has_dropout
 
     def _refuse_nonfinite(
         self, positions: Sequence[int], samples: Sequence[Sample], step: int, what: str
@@ -290,7 +257,18 @@ def _check(spec: TrainerSpec, on_gpu: bool) -> None:
         )
 
 
-def _drain(forwards: list[Forward]) -> Iterator[Forward]:
-    """One after the other, letting go of each, so that a graph is freed once it was used."""
-    while forwards:
-        yield forwards.pop(0)
+def _check_model(spec: TrainerSpec, module: ScoringModel, has_dropout: bool) -> None:
+    if has_dropout and spec.resources.keep_graph == "always":
+        raise ConfigError(
+            "scoring is done without dropout, so its graph cannot serve a step with dropout.",
+            param="resources.keep_graph",
+            mend='Use "auto", or set the model\'s dropout to zero in its config.json.',
+        )
+    if has_dropout and (spec.objective.clip is not None or spec.objective.token_factor == "psft"):
+        raise ConfigError(
+            "with dropout two passes of one policy differ, and so would the token ratios that are clipped.",
+            param="model",
+            mend="Set the model's dropout to zero in its config.json, or drop the clip.",
+        )
+    if spec.objective.routing_replay is not None:
+        record_routes(module)  # raises for a dense model, and for one whose routes cannot be had

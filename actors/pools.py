@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.messages import Pick, RankEvaluation, RankReport
+from actors.messages import Pick, RankBeginning, RankEvaluation, RankReport
+from modeseek_ray.objectives.deltas import DeltaSums
 from modeseek_ray.types import EvalReport, FloatArray, Group, IntArray, StepPlan, StepReport
 
 Deal = Callable[[IntArray, int], Sequence[IntArray]]
@@ -69,12 +70,79 @@ def regroup(groups: Sequence[Group], values_N: FloatArray, column: str) -> list[
     ]
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """Which rank holds which sample of the batch that was begun, and what `begin` measured."""
+
+    blocks: list[Any]  # held, so that their ids stay theirs
+    ranks: Mapping[tuple[int, int], list[int]]  # (id of the block, sample) -> the rank of each of its copies
+    figures: Mapping[str, float]
+
+    @classmethod
+    def of(
+        cls, groups: Sequence[Group], shards: Sequence[Shard], blocks: list[Any], figures: Mapping[str, float]
+    ) -> _Begun:
+        ranks: dict[tuple[int, int], list[int]] = {}
+        rank_N = np.empty(sum(len(g) for g in groups), dtype=np.int64)
+        for rank, shard in enumerate(shards):
+            rank_N[shard.order_N] = rank
+        for key, rank in zip(_keys(groups), rank_N.tolist(), strict=True):
+            ranks.setdefault(key, []).append(rank)
+        return cls(blocks, ranks, figures)
+
+    def deal(self, groups: Sequence[Group], num_ranks: int) -> list[IntArray] | None:
+        """Each sample to the rank that began it; None if none of them was begun."""
+        dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+        seen: dict[tuple[int, int], int] = {}
+        for position, key in enumerate(_keys(groups)):
+            copies = self.ranks.get(key, [])
+            if copies:
+                dealt[copies[seen.get(key, 0) % len(copies)]].append(position)
+            seen[key] = seen.get(key, 0) + 1
+        begun = sum(map(len, dealt))
+        if begun == 0:
+            return None
+        if begun < sum(seen.values()):
+            raise ValueError(
+                f"{begun} of a step's {sum(seen.values())} samples were begun: begin all or none"
+            )
+        return [np.array(positions, dtype=np.int64) for positions in dealt]
+
+
+def _keys(groups: Sequence[Group]) -> list[tuple[int, int]]:
+    return [(id(g.payload.block), int(j)) for g in groups for j in g.payload.index_N]
+
+
+def deal_parts(length_N: IntArray, num_ranks: int, parts: int, deal: Deal) -> list[IntArray]:
+    """Deal so that each of `parts` successive parts of the batch is balanced, and the whole of it, too.
+
+    The heaviest share of a part goes to the rank that has least so far. One part is `deal` itself.
+
+    >>> from modeseek_ray.data.batching import deal
+    >>> [r.tolist() for r in deal_parts(np.array([9, 1, 8, 2]), 2, 2, deal)]
+    [[0, 3], [1, 2]]
+    """
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    load_R = np.zeros(num_ranks, dtype=np.int64)
+    for part in np.array_split(np.arange(len(length_N)), parts):
+        shares = [part[share] for share in deal(length_N[part], num_ranks)]
+        if load_R.any():
+            shares.sort(key=lambda share: -int(length_N[share].sum()))
+        for rank, share in zip(np.argsort(load_R, kind="stable"), shares, strict=True):
+            dealt[rank].extend(share.tolist())
+            load_R[rank] += length_N[share].sum()
+    return [np.array(sorted(positions), dtype=np.int64) for positions in dealt]
+
+
 class TrainerPool:
     """`roles.Trainer` over data-parallel ranks. Every rank gets every call, in the same order."""
 
-    def __init__(self, ranks: Sequence[Worker], deal: Deal) -> None:
+    def __init__(self, ranks: Sequence[Worker], deal: Deal, *, parts: int = 1) -> None:
+        """`parts`: how many steps a batch that is begun will be cut into, in order."""
         self._ranks = ranks
         self._deal = deal
+        self._parts = parts
+        self._begun: _Begun | None = None
 
     async def setup(self) -> Mapping[str, Any]:
         """Load the model on every rank. Returns rank 0's facts (parameters, versions, device)."""
@@ -94,15 +162,32 @@ class TrainerPool:
         return regroup(groups, log_policy_N, "log_policy_N")
 
     async def begin(self, groups: Sequence[Group]) -> list[Group]:
-        return await self.score(groups)
+        self._begun = None
+        shards, blocks = split(
+            groups, len(self._ranks), lambda n, r: deal_parts(n, r, self._parts, self._deal)
+        )
+        answers: list[RankBeginning] = await self._each("begin", [(s.picks, *blocks) for s in shards])
+        self._begun = _Begun.of(groups, shards, blocks, RankBeginning.figures(answers))
+        log_policy_N, sum_delta_N = np.full((2, sum(len(g) for g in groups)), np.nan)
+        for shard, answer in zip(shards, answers, strict=True):
+            log_policy_N[shard.order_N] = answer.log_policy_N
+            if answer.sum_delta_N is not None:
+                sum_delta_N[shard.order_N] = answer.sum_delta_N
+        scored = regroup(groups, log_policy_N, "log_policy_N")
+        if np.isnan(sum_delta_N).all():
+            return scored
+        return [_with_sum_delta(g) for g in regroup(scored, sum_delta_N, "sum_delta_N")]
 
     async def step(self, groups: Sequence[Group], plan: StepPlan) -> StepReport:
-        shards, blocks = self._split(groups)
+        """Samples that were begun stay on the rank that keeps their past. A rank may get none."""
+        shares = None if self._begun is None else self._begun.deal(groups, len(self._ranks))
+        shards, blocks = split(groups, len(self._ranks), self._deal if shares is None else lambda *_: shares)
         reports: list[RankReport] = await self._each(
             "step",
             [(s.picks, replace(plan, values_N=plan.values_N[s.order_N]), *blocks) for s in shards],
         )
-        return _sum_reports(plan, reports)
+        figures = {} if self._begun is None or shares is None else self._begun.figures
+        return _sum_reports(plan, reports, figures)
 
     async def evaluate(self, groups: Sequence[Group], *, kl: bool = False) -> EvalReport:
         shards, blocks = self._split(groups)
@@ -113,6 +198,7 @@ class TrainerPool:
         await self._all("save", str(directory))
 
     async def load(self, directory: Path) -> None:
+        self._begun = None
         await self._all("load", str(directory))
 
     async def export(self, directory: Path) -> None:
@@ -145,8 +231,19 @@ class TrainerPool:
             raise
 
 
-def _sum_reports(plan: StepPlan, reports: Sequence[RankReport]) -> StepReport:
-    """Global figures from the ranks' sums; the slowest rank's seconds."""
+def _with_sum_delta(group: Group) -> Group:
+    """NaN is a sample whose sampler's log-probabilities nobody knows: 0 for replay rows, which are outside of
+    ratios, and no column for a group of others."""
+    assert group.sum_delta_N is not None
+    unknown_N = np.isnan(group.sum_delta_N)
+    is_replay_N = np.zeros(len(group), dtype=np.bool_) if group.is_replay_N is None else group.is_replay_N
+    if (unknown_N & ~is_replay_N).any():
+        return replace(group, sum_delta_N=None)
+    return replace(group, sum_delta_N=np.where(unknown_N, 0.0, group.sum_delta_N))
+
+
+def _sum_reports(plan: StepPlan, reports: Sequence[RankReport], begun: Mapping[str, float]) -> StepReport:
+    """Global figures from the ranks' sums; the slowest rank's seconds. `begun`: figures of the whole batch."""
     num_tokens = sum(r.num_tokens for r in reports)
     kl_sums = [r.kl_sum for r in reports if r.kl_sum is not None]
     parts = sorted({name for r in reports for name in r.seconds})
@@ -162,6 +259,7 @@ def _sum_reports(plan: StepPlan, reports: Sequence[RankReport]) -> StepReport:
         num_positions=sum(r.num_positions for r in reports),
         kl_nats=sum(kl_sums) / max(num_tokens, 1) if kl_sums else None,
         seconds={name: max(r.seconds.get(name, 0.0) for r in reports) for name in parts},
+        figures={**begun, **sum((r.ratio for r in reports), DeltaSums()).figures("ratio")},
     )
 
 

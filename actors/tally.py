@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
 
 from actors.forward import Forward
+from actors.loss import Share
 from actors.messages import RankReport
+from modeseek_ray.objectives.deltas import DeltaSums
 
 
 @dataclass
@@ -34,16 +35,18 @@ class Tally:
         self._loss = self._nll_sum = self._kl_sum = 0.0
         self._num_correct = self._num_tokens = self._num_positions = self._num_padded = 0
         self._has_kl = False
+        self._ratio = DeltaSums()
         self.nonfinite: list[int] = []  # positions of samples whose log-probability is not finite
 
-    def add(self, forward: Forward, loss: Tensor) -> None:
+    def add(self, forward: Forward, share: Share) -> None:
         scores = forward.scores
         self._has_kl = scores.kl_M is not None
         if forward.is_dummy:
             return
         log_prob_B = forward.by_sample(scores.log_prob_M)
         self.nonfinite += forward.index_B[~np.isfinite(log_prob_B)].tolist()
-        self._loss += float(loss.detach())
+        self._loss += float(share.loss.detach())
+        self._ratio += share.ratio
         self._nll_sum -= float(log_prob_B.sum())
         self._num_correct += int(scores.correct_M.sum())
         self._num_tokens += len(scores.log_prob_M)
@@ -63,4 +66,5 @@ class Tally:
             grad_norm=grad_norm,
             kl_sum=self._kl_sum if self._has_kl else None,
             seconds=seconds.parts,
+            ratio=self._ratio,
         )

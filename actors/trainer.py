@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actors.messages import Picks, RankEvaluation, RankReport
+from actors.messages import Picks, RankBeginning, RankEvaluation, RankReport
 from modeseek_ray.config import Resources, Training
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.types import FloatArray, Objective, Sample, StepPlan
@@ -35,6 +35,7 @@ class TrainerSpec:
     resources: Resources
     seed: int
     persistence_threshold: int | None = None  # ZeRO-3: smaller parameters stay whole; None = DeepSpeed's 1e5
+    compare_routes: bool = False  # R3: a second scoring pass measures what live routes would have been
 
 
 class TrainerRank:
@@ -73,6 +74,13 @@ class TrainerRank:
     def score(self, picks: Picks, *blocks: Sequence[Sample]) -> FloatArray:
         """log pi_theta summed over each sample's trained tokens, [n] nats. May keep the graph for `step`."""
         return self._ready().score(_samples(picks, blocks))
+
+    def begin(self, picks: Picks, *blocks: Sequence[Sample]) -> RankBeginning:
+        """`score`, keeping here what `step` on any part of these samples is compared with, until the next `begin`.
+
+        Raises `DataError` naming the first row that lacks what the objective needs of its sampler.
+        """
+        return self._ready().begin(_samples(picks, blocks))
 
     def score_reference(self, picks: Picks, *blocks: Sequence[Sample]) -> FloatArray:
         """log pi_0, [n] nats, from the same weights with the adapter off. Raises `ConfigError` without LoRA."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ class Batch:
     target_M: Tensor  # int64
     sample_M: Tensor  # int64: which of the B samples
     num_tokens_B: Tensor  # int64: predicted tokens of each sample
+    # float32, nats, under the sampler; NaN for samples that do not say, None where none does
+    log_behavior_M: Tensor | None = None
 
     @property
     def num_positions(self) -> int:
@@ -44,7 +47,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+        moved: dict[str, Any] = {k: v if v is None else v.to(device) for k, v in vars(self).items()}
+        return Batch(**moved)
 
 
 def collate(samples: Sequence[Sample], picks: Sequence[int] | np.ndarray, pad_id: int) -> Batch:
@@ -75,4 +79,18 @@ def collate(samples: Sequence[Sample], picks: Sequence[int] | np.ndarray, pad_id
         target_M=torch.from_numpy(input_ids_BS[sample_M, column_M]),
         sample_M=torch.from_numpy(sample_M),
         num_tokens_B=torch.from_numpy(trained_BS.sum(1)),
+        log_behavior_M=_log_behavior(chosen),
     )
+
+
+def _log_behavior(samples: Sequence[Sample]) -> Tensor | None:
+    """The sampler's log-probabilities of the trained tokens, sample by sample; NaN where a sample has none."""
+    if all(s.log_behavior_T is None for s in samples):
+        return None
+    columns = [
+        np.full(s.num_tokens, np.nan, dtype=np.float32)
+        if s.log_behavior_T is None
+        else np.asarray(s.log_behavior_T, dtype=np.float32)[s.trained_T]
+        for s in samples
+    ]
+    return torch.from_numpy(np.concatenate(columns))

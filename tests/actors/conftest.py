@@ -34,6 +34,7 @@ def start(ranks: Ranks, tiny_dense: Path) -> Iterator[Start]:
         world_size: int = 1,
         objective: Objective = Objective(),  # noqa: B008
         training: Training = Training(),  # noqa: B008
+        compare_routes: bool = False,
         **resources: Any,
     ) -> Trainer:
         for trainer in running:
@@ -47,6 +48,7 @@ def start(ranks: Ranks, tiny_dense: Path) -> Iterator[Start]:
             resources=Resources(**{**defaults, **resources}),
             seed=0,
             persistence_threshold=0,
+            compare_routes=compare_routes,
         )
         running.append(ranks.start(spec, world_size))
         return running[0]

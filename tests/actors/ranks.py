@@ -5,13 +5,18 @@ What runs inside them is here, too, because they import it by name.
 
 from __future__ import annotations
 
+import asyncio
+import json
 import multiprocessing
+import shutil
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from actors.pools import TrainerPool
 from actors.trainer import TrainerRank, TrainerSpec
 from modeseek_ray.data.batching import deal
 from modeseek_ray.types import FloatArray, IntArray, Sample, StepPlan
@@ -121,6 +126,10 @@ class Trainer:
     def loss(self, samples: Sequence[Sample], plan: StepPlan) -> float:
         return sum(report.loss for report in self.step(samples, plan))
 
+    def pool(self, *, parts: int = 1) -> TrainerPool:
+        """The real pool over these ranks, for what only it does: `begin`, then steps on parts of the batch."""
+        return TrainerPool([PipeWorker(pipe) for pipe in self._pipes], deal, parts=parts)
+
     def sha256(self) -> str:
         hashes = set(self.each("weights_sha256"))
         assert len(hashes) == 1, "ranks disagree about the weights"
@@ -133,6 +142,27 @@ class Trainer:
         for pipe in self._pipes:
             if pipe.poll(timeout=20):
                 pipe.recv()
+
+
+class PipeWorker:
+    """A rank's process as `actors.pools` sees a worker."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    async def call(self, method: str, *args: Any) -> Any:
+        failed, answer = await asyncio.to_thread(self._ask, method, args)
+        if failed:
+            raise answer
+        return answer
+
+    async def stop(self) -> None:
+        """The process is `Ranks`' to stop."""
+
+    def _ask(self, method: str, args: tuple[Any, ...]) -> tuple[bool, Any]:
+        self._pipe.send((_call, (method, *args)))
+        answer: tuple[bool, Any] = self._pipe.recv()
+        return answer
 
 
 Start = Callable[..., Trainer]
@@ -149,6 +179,14 @@ def plan_for(
     num_tokens = sum(s.num_tokens for s in samples)
     values = np.ones(len(samples)) if values_N is None else values_N
     return StepPlan(step=step, values_N=values, denominator=float(num_tokens), learning_rate=rate, **more)
+
+
+def with_config(model: Path, copy: Path, **changes: Any) -> Path:
+    """A copy of a model directory whose config.json says something else."""
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **changes}))
+    return copy
 
 
 def relative_difference(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
@@ -228,6 +266,26 @@ def parameters(rank: TrainerRank) -> dict[str, np.ndarray]:
     return {
         name: tensor.float().numpy().copy() for name, tensor in policy.engine.parameters(policy._module.model)
     }
+
+
+def live_routes(rank: TrainerRank, samples: Sequence[Sample]) -> list[np.ndarray]:
+    """The experts each sample's positions ask now, wire form, one sample at a time. One rank."""
+    from actors.forward import Routing
+
+    passes = rank._ready()._passes
+    found = [next(iter(passes.infer([s], routing=Routing(record=True)))) for s in samples]
+    return [forward.routes_of(0, s.length) for forward, s in zip(found, samples, strict=True)]  # type: ignore[misc]
+
+
+def token_log_probs(rank: TrainerRank, samples: Sequence[Sample]) -> list[np.ndarray]:
+    """As the rank scores them, in one micro-batch: [length] each, 0 where not trained."""
+    policy = rank._ready()
+    forward = next(iter(policy._step_passes.scoring(samples)))
+    columns = forward.scores.log_prob_M.detach().split(forward.batch.num_tokens_B.tolist())
+    found = [np.zeros(s.length, dtype=np.float32) for s in samples]
+    for i, column in zip(forward.index_B, columns, strict=True):
+        found[i][samples[i].trained_T] = column.numpy()
+    return found
 
 
 def partition_status(rank: TrainerRank) -> list[str]:

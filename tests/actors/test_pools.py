@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.messages import RankEvaluation, RankReport
-from actors.pools import TrainerPool, split, summarise
+from actors.messages import RankBeginning, RankEvaluation, RankReport, RouteCounts
+from actors.pools import TrainerPool, deal_parts, split, summarise
 from modeseek_ray.data.batching import deal
 from modeseek_ray.errors import WorkerError
+from modeseek_ray.objectives.deltas import DeltaSums
 from modeseek_ray.types import Group, Handle, StepPlan
 
 
@@ -19,19 +20,36 @@ class EchoRank:
 
     def __init__(self) -> None:
         self.plans: list[tuple[list[tuple[int, int]], StepPlan]] = []
+        self.begun: list[float] = []  # what begin was called with
+        self.stepped: list[float] = []
 
     async def call(self, method: str, *args: Any) -> Any:
         if method == "score":
             picks, *blocks = args
             return np.array([blocks[b][i] for b, i in picks])
+        if method == "begin":
+            picks, *blocks = args
+            return self._begin([blocks[b][i] for b, i in picks])
         assert method == "step"
-        picks, plan, *_ = args
+        picks, plan, *blocks = args
         self.plans.append((picks, plan))
+        self.stepped += [blocks[b][i] for b, i in picks]
         n = len(picks)
         return RankReport(
             loss=float(plan.values_N.sum()), nll_sum=2.0 * n, num_correct=n, num_tokens=4 * n,
             num_positions=10 * n, num_padded=n, grad_norm=3.0, seconds={"forward": float(n)},
         )  # fmt: skip
+
+    def _begin(self, values: list[float]) -> RankBeginning:
+        """Odd samples do not know their sampler."""
+        self.begun = values
+        known_N = np.array([0.5 if v % 2 == 0 else np.nan for v in values])
+        return RankBeginning(
+            log_policy_N=np.array(values),
+            sum_delta_N=known_N if (known_N == 0.5).any() else None,
+            mismatch=DeltaSums(num_tokens=len(values), num_samples=len(values), abs_delta=sum(values)),
+            routes=RouteCounts(8, 1, 4, 1) if values else None,
+        )
 
     async def stop(self) -> None:
         """Nothing to stop."""
@@ -90,6 +108,67 @@ async def test_each_rank_gets_its_own_weights_and_figures_are_global() -> None:
 async def test_a_rank_that_dies_fails_the_call_at_once() -> None:
     with pytest.raises(WorkerError, match="rank 1 died"):
         await TrainerPool([EchoRank(), BrokenRank()], deal).score(_groups())
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+async def test_steps_on_parts_stay_where_their_samples_were_begun(num_ranks: int) -> None:
+    ranks = [EchoRank() for _ in range(num_ranks)]
+    pool = TrainerPool(ranks, deal, parts=2)
+    groups = await pool.begin(_groups())
+    assert np.concatenate([g.log_policy_N for g in groups]).tolist() == EXPECTED_N
+    last = groups[2].take(np.array([2, 0]))
+    for part in ([groups[0], last], [groups[1], groups[2].take(np.array([1]))]):
+        count = sum(len(g) for g in part)
+        report = await pool.step(part, StepPlan(0, np.ones(count), denominator=9.0, learning_rate=0.1))
+        assert report.num_tokens == 4 * count
+        # Of the whole batch, whatever the part: 108 = 12 + 10 + 23 + 20 + 21 + 22.
+        assert report.figures["mismatch/mean_abs_delta"] == 108 / 6
+        assert report.figures["routes/changed_token_layers"] == 1 / 8
+    for rank in ranks:
+        assert sorted(rank.stepped) == sorted(rank.begun)
+        assert len(rank.plans) == 2, "every rank is in every step, with nothing to do if need be"
+
+
+async def test_sum_delta_is_a_column_only_where_every_sampler_is_known() -> None:
+    groups = _groups()
+    groups[1] = groups[1].with_columns(is_replay_N=np.array([True]))
+    even, replay, mixed = await TrainerPool([EchoRank(), EchoRank()], deal).begin(groups)
+    assert even.sum_delta_N is not None and even.sum_delta_N.tolist() == [0.5, 0.5]
+    assert replay.sum_delta_N is not None and replay.sum_delta_N.tolist() == [0.0], "23, and a replay row"
+    assert mixed.sum_delta_N is None, "21 has no known sampler"
+
+
+async def test_a_step_is_on_a_batch_that_was_begun_or_on_another_never_on_both() -> None:
+    ranks = [EchoRank(), EchoRank()]
+    pool = TrainerPool(ranks, deal)
+    begun, other = await pool.begin(_groups()), _groups()
+    with pytest.raises(ValueError, match="2 of a step's 8 samples were begun"):
+        await pool.step([begun[0], *other], StepPlan(0, np.ones(8), denominator=9.0, learning_rate=0.1))
+    report = await pool.step(other, StepPlan(0, np.ones(6), denominator=9.0, learning_rate=0.1))
+    assert report.figures == {}, "figures of a batch that was not begun"
+
+
+async def test_a_sample_that_is_drawn_twice_has_a_place_for_each() -> None:
+    ranks = [EchoRank(), EchoRank()]
+    pool = TrainerPool(ranks, deal)
+    block = [7.0]
+    group = Group(0, np.array([0, 0]), np.ones(2), np.ones(2), Handle(block, np.array([0, 0])))
+    await pool.begin([group])
+    await pool.step([group], StepPlan(0, np.ones(2), denominator=2.0, learning_rate=0.1))
+    assert [rank.stepped for rank in ranks] == [[7.0], [7.0]]
+
+
+def test_parts_are_balanced_each_and_together() -> None:
+    length_N = np.random.default_rng(0).integers(1, 100, 64)
+    shares = deal_parts(length_N, 4, 8, deal)
+    assert sorted(np.concatenate(shares).tolist()) == list(range(64))
+    whole = [length_N[share].sum() for share in shares]
+    assert max(whole) < 1.05 * np.mean(whole)
+    for part in np.array_split(np.arange(64), 8):
+        loads = [length_N[np.intersect1d(share, part)].sum() for share in shares]
+        best = max(length_N[part].max(), length_N[part].sum() / 4)
+        assert max(loads) <= 4 / 3 * best + 1
+    assert [s.tolist() for s in deal_parts(length_N, 4, 1, deal)] == [s.tolist() for s in deal(length_N, 4)]
 
 
 def _rows(**changes: Any) -> RankEvaluation:

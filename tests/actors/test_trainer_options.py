@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -104,12 +103,7 @@ class TestKeptGraph:
     def test_dropout_acts_in_the_step_alone(
         self, start: Start, samples: list[Sample], tiny_dense: Path, tmp_path: Path
     ) -> None:
-        noisy = tmp_path / "noisy"
-        noisy.mkdir()
-        for file in tiny_dense.iterdir():
-            (noisy / file.name).write_bytes(file.read_bytes())
-        config = json.loads((noisy / "config.json").read_text())
-        (noisy / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}))
+        noisy = inside.with_config(tiny_dense, tmp_path / "noisy", attention_dropout=0.5)
         clean = start()
         expected_N = clean.score(samples)
         trainer = start(model=noisy)

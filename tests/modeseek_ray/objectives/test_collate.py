@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -44,3 +46,13 @@ def test_a_sample_with_nothing_to_train_on() -> None:
 def test_training_on_the_first_token_is_refused() -> None:
     with pytest.raises(DataError, match="row 5 trains on its first token"):
         collate([sample(5, [1, 2], [1, 1])], [0], pad_id=0)
+
+
+def test_the_samplers_log_probabilities_stand_beside_their_targets() -> None:
+    log_behavior_T = np.array([0, -0.5, 0, -0.25], dtype=np.float32)
+    known = dataclasses.replace(SAMPLES[2], log_behavior_T=log_behavior_T)
+    batch = collate([SAMPLES[1], known], [1, 0], pad_id=0).to("cpu")
+    assert batch.log_behavior_M is not None
+    assert batch.log_behavior_M[:2].tolist() == [-0.5, -0.25]
+    assert batch.log_behavior_M[2:].isnan().all(), "an unknown sampler is not one of probability one"
+    assert collate(SAMPLES, [1], pad_id=0).log_behavior_M is None

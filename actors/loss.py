@@ -1,0 +1,88 @@
+"""The objective on one micro-batch: factors of its tokens, the weighted loss, what the ratios looked like.
+
+M  trained tokens of the micro-batch      B  its samples
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.begun import Past, log_past
+from actors.forward import Forward
+from modeseek_ray.objectives.deltas import DeltaSums
+from modeseek_ray.objectives.factors import TokenEvidence, token_factor
+from modeseek_ray.objectives.loss import weighted_loss_sum
+from modeseek_ray.objectives.ratios import clip_factor, delta_sums, mismatch_factor
+from modeseek_ray.types import Objective, StepPlan
+
+
+class Share(NamedTuple):
+    """A micro-batch's share of the global loss, and statistics of pi_theta / pi_old on it."""
+
+    loss: Tensor  # float64 scalar
+    ratio: DeltaSums
+
+
+def loss_share(
+    objective: Objective, plan: StepPlan, forward: Forward, past_N: Sequence[Past] | None, num_tokens: int
+) -> Share:
+    """`num_tokens` is the global batch's; `past_N` the rank's samples when the batch was begun, if it was.
+
+    The token factor, the staleness clip and the mismatch factor are multiplied; all are detached.
+    A dummy's share is zero, and needs no past.
+    """
+    batch, scores = forward.batch, forward.scores
+    log_prob_M = scores.log_prob_M.detach()
+    values = np.zeros(1) if forward.is_dummy else plan.values_N[forward.index_B].astype(np.float64)
+    values_B = torch.from_numpy(values).to(log_prob_M.device)
+    log_old_M = None if past_N is None or forward.is_dummy else log_past(past_N, forward)
+    ratio = DeltaSums()
+    factor_M = None
+    if not forward.is_dummy:
+        evidence = TokenEvidence(
+            log_prob_M,
+            top_entropy_M=scores.top_entropy_M,
+            log_reference_M=forward.log_reference_M,
+            log_start_M=log_old_M,
+        )
+        parameters = {**objective.token_parameters, **plan.token_parameters}
+        factor_M = token_factor(objective.token_factor, evidence, parameters)
+    if log_old_M is not None:
+        clip = None
+        if objective.clip is not None:
+            clip = clip_factor(
+                log_prob_M - log_old_M,
+                values_B[batch.sample_M],
+                batch.sample_M,
+                batch.num_tokens_B,
+                objective.clip,
+            )
+            factor_M = _times(factor_M, clip.factor_M)
+        if objective.mismatch is not None and batch.log_behavior_M is not None:
+            mismatch = mismatch_factor(
+                log_old_M - batch.log_behavior_M, batch.sample_M, batch.num_tokens_B, objective.mismatch
+            )
+            factor_M = _times(factor_M, mismatch.factor_M)
+        ratio = delta_sums(log_prob_M - log_old_M, batch.sample_M, len(batch.num_tokens_B), clip)
+    loss = weighted_loss_sum(
+        scores.log_prob_M,
+        batch.sample_M,
+        values_B,
+        factor_M,
+        batch.num_tokens_B,
+        objective.aggregation,
+        plan.denominator,
+    )
+    if scores.kl_M is not None:
+        coefficient = 0.0 if forward.is_dummy else plan.kl_coefficient
+        loss = loss + coefficient * scores.kl_M.double().sum() / num_tokens
+    return Share(loss, ratio)
+
+
+def _times(factor_M: Tensor | None, other_M: Tensor) -> Tensor:
+    return other_M if factor_M is None else factor_M * other_M

@@ -1,0 +1,109 @@
+"""Clipped token ratios: what a sample counts for once the policy is no longer the one that wrote it.
+
+    M  predicted tokens of a micro-batch      B  its samples
+
+Pure functions of log ratios, detached: no gradient flows through a factor. Two corrections, composed by
+multiplication (METHODS.md section 4):
+
+* staleness, rho = pi_theta / pi_old, `clip_factor`. pi_old is the policy when the batch was begun.
+* mismatch, pi_old(trainer) / pi_sampler(engine), `mismatch_factor`.
+
+For a sample that an earlier version of the weights wrote, the second ratio carries that staleness as
+well: pi_theta / pi_sampler = rho x mismatch whatever lies between, and only rho is clipped around one
+(the decoupled objective: Hilton et al., 2110.00641; AReaL, 2505.24298).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modeseek_ray.objectives.deltas import DELTA_LIMIT, DeltaSums
+from modeseek_ray.objectives.loss import sum_by_sample
+from modeseek_ray.types import Mismatch, RatioClip
+
+
+class Factor(NamedTuple):
+    """A token factor and where its bounds bound, each [M]."""
+
+    factor_M: Tensor  # float32
+    low_M: Tensor  # bool: the lower bound changed it
+    high_M: Tensor
+
+
+@torch.no_grad()
+def clip_factor(
+    log_ratio_M: Tensor, values_M: Tensor, sample_M: Tensor, num_tokens_B: Tensor, clip: RatioClip
+) -> Factor:
+    """c_t from log rho_t; `values_M` is the weight v of the token's sample, whose sign `ppo` goes by.
+
+    `ppo` is the gradient of min(rho v, clamp(rho) v): rho itself, or zero where moving on would only
+    widen a ratio that is out of bounds on the side that v pushes to. A weight of zero counts as positive.
+    """
+    ratio_M = _level(log_ratio_M, sample_M, num_tokens_B, clip.level).exp()
+    low_M, high_M = ratio_M < 1 - clip.low, ratio_M > 1 + clip.high
+    if clip.scheme == "clamp":
+        return Factor(ratio_M.clamp(1 - clip.low, 1 + clip.high), low_M, high_M)
+    low_M, high_M = low_M & (values_M < 0), high_M & (values_M >= 0)
+    return Factor(ratio_M.masked_fill(low_M | high_M, 0.0), low_M, high_M)
+
+
+@torch.no_grad()
+def mismatch_factor(
+    log_ratio_M: Tensor, sample_M: Tensor, num_tokens_B: Tensor, mismatch: Mismatch
+) -> Factor:
+    """The truncated (`tis`) or masked (`mis`) ratio; 1 where `log_ratio_M` is NaN: no sampler is known."""
+    ratio_M = _level(log_ratio_M, sample_M, num_tokens_B, mismatch.level).exp()
+    low_M, high_M = ratio_M < mismatch.low, ratio_M > mismatch.high  # False for NaN
+    if mismatch.scheme == "tis":
+        low_M = torch.zeros_like(low_M)
+        factor_M = ratio_M.clamp(max=mismatch.high)
+    else:
+        factor_M = ratio_M.masked_fill(low_M | high_M, 0.0)
+    return Factor(torch.where(log_ratio_M.isnan(), 1.0, factor_M), low_M, high_M)
+
+
+@torch.no_grad()
+def delta_sums(
+    log_ratio_M: Tensor, sample_M: Tensor, num_samples: int, factor: Factor | None = None
+) -> DeltaSums:
+    """Statistics of delta = ratio - 1, in float64, over the tokens whose log ratio is known (not NaN).
+
+    Always of single tokens, whatever the level the ratio is used at. A sample is known in all its tokens
+    or in none.
+    """
+    known_M = ~log_ratio_M.isnan()
+    log_M, sample_M = log_ratio_M[known_M].double(), sample_M[known_M]
+    if len(log_M) == 0:
+        return DeltaSums()
+    delta_M = log_M.expm1()
+    num_tokens_B = torch.bincount(sample_M, minlength=num_samples)
+    sum_B = sum_by_sample(delta_M, sample_M, num_samples).abs()
+    squares_B = sum_by_sample(delta_M.square(), sample_M, num_samples)
+    return DeltaSums(
+        num_tokens=len(log_M),
+        num_samples=int((num_tokens_B > 0).sum()),
+        delta=float(delta_M.sum()),
+        abs_delta=float(delta_M.abs().sum()),
+        squared_delta=float(delta_M.square().sum()),
+        abs_sum_delta=float(sum_B.sum()),
+        num_far=int(((sum_B > DELTA_LIMIT) | (squares_B > DELTA_LIMIT)).sum()),
+        num_clipped_low=0 if factor is None else int(factor.low_M.sum()),
+        num_clipped_high=0 if factor is None else int(factor.high_M.sum()),
+        k3=float((delta_M - log_M).sum()),
+        num_over_two=int((log_M.abs() > math.log(2)).sum()),
+        max_abs_delta=float(delta_M.abs().max()),
+        max_abs_sum_delta=float(sum_B.max()),
+        max_sum_squared_delta=float(squares_B.max()),
+    )
+
+
+def _level(log_ratio_M: Tensor, sample_M: Tensor, num_tokens_B: Tensor, level: str) -> Tensor:
+    """The log ratio each token is judged by: its own, or the mean over its sample's tokens."""
+    if level == "token":
+        return log_ratio_M
+    mean_B = sum_by_sample(log_ratio_M, sample_M, len(num_tokens_B)) / num_tokens_B.clamp(min=1)
+    return mean_B[sample_M].to(log_ratio_M.dtype)
