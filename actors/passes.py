@@ -35,7 +35,7 @@ class StepPasses:
     def __init__(
         self, passes: ForwardPasses, engine: ZeroEngine, spec: TrainerSpec, *, keeps_graphs: bool
     ) -> None:
-        """`keeps_graphs` is False where training differs from scoring: a model with dropout."""
+        """`keeps_graphs` is False where no step is what was scored: a model with dropout, steps on parts."""
         self._passes = passes
         self._zero_stage = engine.zero_stage
         self._replay = spec.objective.routing_replay

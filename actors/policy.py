@@ -72,7 +72,12 @@ class Policy:
             frozen.to(self.engine.device)
         self._passes = ForwardPasses(self.engine, self._module, spec.objective, spec.resources, frozen)
         self._start = Start()
-        self._step_passes = StepPasses(self._passes, self.engine, spec, keeps_graphs=not has_dropout)
+        self._step_passes = StepPasses(
+            self._passes,
+            self.engine,
+            spec,
+            keeps_graphs=not has_dropout and spec.training.inner_steps == 1,
+        )
         self._begun = Begun()
         self._seconds = Seconds()
         seed_everything(spec.seed + rank)  # dropout differs between ranks
@@ -249,12 +254,6 @@ def _check(spec: TrainerSpec, on_gpu: bool) -> None:
             param="resources.gpus_per_worker",
             mend="Set it to 0, or install the CUDA requirements.",
         )
-    if spec.objective.token_factor == "psft":
-        raise ConfigError(
-            "psft compares with the policy at the start of an inner loop; with one step per batch it is SFT.",
-            param="method.weighted.token.scheme",
-            mend="Choose another token factor, or none.",
-        )
 
 
 def _check_model(spec: TrainerSpec, module: ScoringModel, has_dropout: bool) -> None:
@@ -263,6 +262,12 @@ def _check_model(spec: TrainerSpec, module: ScoringModel, has_dropout: bool) -> 
             "scoring is done without dropout, so its graph cannot serve a step with dropout.",
             param="resources.keep_graph",
             mend='Use "auto", or set the model\'s dropout to zero in its config.json.',
+        )
+    if spec.training.inner_steps > 1 and spec.resources.keep_graph == "always":
+        raise ConfigError(
+            "the graph of a whole batch cannot serve steps on its parts.",
+            param="resources.keep_graph",
+            mend='Use "auto", or training.inner_steps: 1.',
         )
     if has_dropout and (spec.objective.clip is not None or spec.objective.token_factor == "psft"):
         raise ConfigError(

@@ -113,35 +113,35 @@ def _keys(groups: Sequence[Group]) -> list[tuple[int, int]]:
     return [(id(g.payload.block), int(j)) for g in groups for j in g.payload.index_N]
 
 
-def deal_parts(length_N: IntArray, num_ranks: int, parts: int, deal: Deal) -> list[IntArray]:
-    """Deal so that each of `parts` successive parts of the batch is balanced, and the whole of it, too.
+def deal_parts(length_N: IntArray, num_ranks: int, parts: Sequence[IntArray], deal: Deal) -> list[IntArray]:
+    """Deal so that each of the parts that will be stepped on is balanced, and all of them together.
 
     The heaviest share of a part goes to the rank that has least so far. One part is `deal` itself.
 
     >>> from modeseek_ray.data.batching import deal
-    >>> [r.tolist() for r in deal_parts(np.array([9, 1, 8, 2]), 2, 2, deal)]
+    >>> [r.tolist() for r in deal_parts(np.array([9, 1, 8, 2]), 2, [np.array([0, 1]), np.array([2, 3])], deal)]
     [[0, 3], [1, 2]]
     """
     dealt: list[list[int]] = [[] for _ in range(num_ranks)]
     load_R = np.zeros(num_ranks, dtype=np.int64)
-    for part in np.array_split(np.arange(len(length_N)), parts):
+    for part in parts:
         shares = [part[share] for share in deal(length_N[part], num_ranks)]
         if load_R.any():
             shares.sort(key=lambda share: -int(length_N[share].sum()))
         for rank, share in zip(np.argsort(load_R, kind="stable"), shares, strict=True):
             dealt[rank].extend(share.tolist())
             load_R[rank] += length_N[share].sum()
+    if sum(map(len, dealt)) != len(length_N):
+        raise ValueError(f"the parts hold {sum(map(len, dealt))} samples, the batch {len(length_N)}")
     return [np.array(sorted(positions), dtype=np.int64) for positions in dealt]
 
 
 class TrainerPool:
     """`roles.Trainer` over data-parallel ranks. Every rank gets every call, in the same order."""
 
-    def __init__(self, ranks: Sequence[Worker], deal: Deal, *, parts: int = 1) -> None:
-        """`parts`: how many steps a batch that is begun will be cut into, in order."""
+    def __init__(self, ranks: Sequence[Worker], deal: Deal) -> None:
         self._ranks = ranks
         self._deal = deal
-        self._parts = parts
         self._begun: _Begun | None = None
 
     async def setup(self) -> Mapping[str, Any]:
@@ -161,14 +161,17 @@ class TrainerPool:
             log_policy_N[shard.order_N] = log_prob_n
         return regroup(groups, log_policy_N, "log_policy_N")
 
-    async def begin(self, groups: Sequence[Group]) -> list[Group]:
+    async def begin(self, groups: Sequence[Group], parts: Sequence[IntArray] | None = None) -> list[Group]:
         self._begun = None
+        whole = [np.arange(sum(len(g) for g in groups))]
         shards, blocks = split(
-            groups, len(self._ranks), lambda n, r: deal_parts(n, r, self._parts, self._deal)
+            groups,
+            len(self._ranks),
+            lambda length_N, count: deal_parts(length_N, count, parts or whole, self._deal),
         )
         answers: list[RankBeginning] = await self._each("begin", [(s.picks, *blocks) for s in shards])
         self._begun = _Begun.of(groups, shards, blocks, RankBeginning.figures(answers))
-        log_policy_N, sum_delta_N = np.full((2, sum(len(g) for g in groups)), np.nan)
+        log_policy_N, sum_delta_N = np.full((2, len(whole[0])), np.nan)
         for shard, answer in zip(shards, answers, strict=True):
             log_policy_N[shard.order_N] = answer.log_policy_N
             if answer.sum_delta_N is not None:

@@ -10,7 +10,16 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from modeseek_ray.types import Completion, EvalReport, Group, Prompt, StepPlan, StepReport, Weights
+from modeseek_ray.types import (
+    Completion,
+    EvalReport,
+    Group,
+    IntArray,
+    Prompt,
+    StepPlan,
+    StepReport,
+    Weights,
+)
 
 Desired = Literal["run", "cancel", "pause"]
 
@@ -52,12 +61,13 @@ class Trainer(Protocol):
         """The same groups with `log_policy_N`. May keep the graph for the next `step` on the same groups."""
         ...
 
-    async def begin(self, groups: Sequence[Group]) -> list[Group]:
+    async def begin(self, groups: Sequence[Group], parts: Sequence[IntArray] | None = None) -> list[Group]:
         """`score`, and keep what inner steps are compared with until the next `begin`.
 
         Per-token log-probabilities (and R2's routes) stay on the rank that computed them, so `step`
-        may be handed any part of these samples. Fills `log_policy_N`, and `sum_delta_N` where the
-        samples carry the sampler's log-probabilities.
+        may be handed any part of these samples. `parts` are the ones it will be handed, as positions in
+        the batch: each is then shared out evenly among the ranks. Fills `log_policy_N`, and `sum_delta_N`
+        where the samples carry the sampler's log-probabilities.
         """
         ...
 

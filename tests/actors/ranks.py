@@ -126,9 +126,9 @@ class Trainer:
     def loss(self, samples: Sequence[Sample], plan: StepPlan) -> float:
         return sum(report.loss for report in self.step(samples, plan))
 
-    def pool(self, *, parts: int = 1) -> TrainerPool:
+    def pool(self) -> TrainerPool:
         """The real pool over these ranks, for what only it does: `begin`, then steps on parts of the batch."""
-        return TrainerPool([PipeWorker(pipe) for pipe in self._pipes], deal, parts=parts)
+        return TrainerPool([PipeWorker(pipe) for pipe in self._pipes], deal)
 
     def sha256(self) -> str:
         hashes = set(self.each("weights_sha256"))

@@ -113,8 +113,8 @@ async def test_a_rank_that_dies_fails_the_call_at_once() -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 async def test_steps_on_parts_stay_where_their_samples_were_begun(num_ranks: int) -> None:
     ranks = [EchoRank() for _ in range(num_ranks)]
-    pool = TrainerPool(ranks, deal, parts=2)
-    groups = await pool.begin(_groups())
+    pool = TrainerPool(ranks, deal)
+    groups = await pool.begin(_groups(), [np.array([0, 1, 5, 3]), np.array([2, 4])])
     assert np.concatenate([g.log_policy_N for g in groups]).tolist() == EXPECTED_N
     last = groups[2].take(np.array([2, 0]))
     for part in ([groups[0], last], [groups[1], groups[2].take(np.array([1]))]):
@@ -160,15 +160,19 @@ async def test_a_sample_that_is_drawn_twice_has_a_place_for_each() -> None:
 
 def test_parts_are_balanced_each_and_together() -> None:
     length_N = np.random.default_rng(0).integers(1, 100, 64)
-    shares = deal_parts(length_N, 4, 8, deal)
+    parts = np.array_split(np.random.default_rng(1).permutation(64), 8)
+    shares = deal_parts(length_N, 4, parts, deal)
     assert sorted(np.concatenate(shares).tolist()) == list(range(64))
-    whole = [length_N[share].sum() for share in shares]
-    assert max(whole) < 1.05 * np.mean(whole)
-    for part in np.array_split(np.arange(64), 8):
+    totals = [length_N[share].sum() for share in shares]
+    assert max(totals) < 1.05 * np.mean(totals)
+    for part in parts:
         loads = [length_N[np.intersect1d(share, part)].sum() for share in shares]
         best = max(length_N[part].max(), length_N[part].sum() / 4)
         assert max(loads) <= 4 / 3 * best + 1
-    assert [s.tolist() for s in deal_parts(length_N, 4, 1, deal)] == [s.tolist() for s in deal(length_N, 4)]
+    whole = deal_parts(length_N, 4, [np.arange(64)], deal)
+    assert [share.tolist() for share in whole] == [share.tolist() for share in deal(length_N, 4)]
+    with pytest.raises(ValueError, match="the parts hold 60 samples, the batch 64"):
+        deal_parts(length_N, 4, [np.arange(60)], deal)
 
 
 def _rows(**changes: Any) -> RankEvaluation:

@@ -169,10 +169,6 @@ class TestObjective:
         loss = trainer.loss(one_token, plan_for(one_token))
         assert loss == pytest.approx(-(np.exp(log_prob_N) * log_prob_N).sum() / 8, rel=1e-6)
 
-    def test_psft_without_inner_steps_is_refused(self, start: Start) -> None:
-        with pytest.raises(ConfigError, match="inner loop"):
-            start(objective=Objective(token_factor="psft"))
-
     def test_temperature_divides_the_logits(self, start: Start, samples: list[Sample]) -> None:
         cold = start().score(samples)
         hot = start(objective=Objective(temperature=1e6)).score(samples)

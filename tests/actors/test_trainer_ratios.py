@@ -47,11 +47,11 @@ def run(
     """`begin` the batch, then a step on each part of it."""
 
     async def train() -> Course:
-        pool = trainer.pool(parts=len(parts))
+        pool = trainer.pool()
         reports = []
         for batch in range(batches):
             groups = probe_groups(samples, lambda block: block)
-            groups = await (pool.begin(groups) if begins else pool.score(groups))
+            groups = await (pool.begin(groups, _distinct(parts)) if begins else pool.score(groups))
             for i, part in enumerate(parts):
                 chosen = [samples[j] for j in part]
                 plan = plan_for(chosen, VALUES[part], step=batch * len(parts) + i, rate=rate)
@@ -59,6 +59,11 @@ def run(
         return Course(groups, reports)
 
     return asyncio.run(train())
+
+
+def _distinct(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Without those that come again, in a second pass over the batch."""
+    return list({part.tobytes(): part for part in parts}.values())
 
 
 class TestOnPolicy:
@@ -101,14 +106,15 @@ class TestInnerSteps:
             Objective(clip=TIGHT),
             Objective(clip=RatioClip("clamp", 0.02, 0.02)),
             Objective(clip=dataclasses.replace(TIGHT, level="sequence")),
+            Objective(token_factor="psft", token_parameters={"clip": 0.02}),
         ],
-        ids=["ppo", "clamp", "sequence"],
+        ids=["ppo", "clamp", "sequence", "psft"],
     )
     def test_agree_with_a_plain_loop(
         self, start: Start, samples: list[Sample], tiny_dense: Path, objective: Objective
     ) -> None:
         """The surrogate by autograd, one sample at a time; ratios move by more than the bounds."""
-        trainer = start(objective=objective, training=Training(max_grad_norm=1e9))
+        trainer = start(objective=objective, training=Training(max_grad_norm=1e9, inner_steps=4))
         course = run(trainer, samples, [*HALVES, *HALVES])
         expected, moved = plain_inner_steps(tiny_dense, samples, objective, [*HALVES, *HALVES], rate=1e-2)
         assert course.reports[0].figures["ratio/max_abs_delta"] == pytest.approx(0, abs=1e-5)
@@ -159,6 +165,8 @@ class TestInnerSteps:
         noisy = inside.with_config(tiny_dense, tmp_path / "noisy", attention_dropout=0.5)
         with pytest.raises(ConfigError, match="dropout"):
             start(model=noisy, objective=Objective(clip=TIGHT))
+        with pytest.raises(ConfigError, match="graph of a whole batch"):
+            start(keep_graph="always", training=Training(inner_steps=2))
 
 
 def plain_inner_steps(

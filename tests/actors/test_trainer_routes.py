@@ -1,7 +1,7 @@
 """Routing replay in the trainer's passes: R3 and R2, on ZeRO-3, with kept graphs, with recomputation.
 
-What routes are is tested in tests/modeseek_ray/routing; here, that each
-pass of the trainer takes the ones it should.
+What routes are is tested in tests/modeseek_ray/routing; here, that each pass of the trainer takes
+the ones it should.
 """
 
 from __future__ import annotations
