@@ -14,7 +14,7 @@ from modeseek_ray.jobs.launcher import Validator
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler
 from modeseek_ray.jobs.store import Store
-from modeseek_ray.service import drivers, errors, events, files, jobs, models, operations, validations
+from modeseek_ray.service import drivers, errors, events, files, jobs, models, operations, page, validations
 from modeseek_ray.service.context import Service
 from modeseek_ray.service.metrics import Metrics
 from modeseek_ray.service.middleware import RequestIds
@@ -77,7 +77,7 @@ def create_app(
     errors.install(app)
     app.add_middleware(RequestIds, metrics=metrics)
     # `events` first: its path is under a job's, and the routes of a job take what is left.
-    for module in (files, events, jobs, validations, models, drivers, operations):
+    for module in (files, events, jobs, validations, models, drivers, operations, page):
         app.include_router(module.router)
     return app
 
