@@ -8,7 +8,7 @@ export MODESEEK_HOME ?= $(HOME)/.modeseek
 PYTHON_VENV := .venv/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: help setup setup-dev demo test check format serve playground bench clean clean-all
+.PHONY: help setup setup-dev demo test test-page check format serve playground bench clean clean-all
 
 help:  ## Explain the targets (this text)
 	@echo "modeseek-ray: weighted fine-tuning of language models as a service on Ray"
@@ -31,6 +31,9 @@ demo: setup  ## Two real jobs over HTTP on this machine, plain SFT and weighted,
 
 test: check playground  ## Everything: environment, checks, small models (cached), every test
 	@$(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS)
+
+test-page: setup-dev  ## The web page in a real browser; needs a Chromium (apt install chromium, or MODESEEK_CHROMIUM=)
+	@MODESEEK_PAGE_TESTS=required $(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS) tests/modeseek_ray/service/browser
 
 check: setup-dev  ## Lint, formatting and types
 	@echo "check: ruff" && .venv/bin/ruff check .

@@ -179,26 +179,29 @@ def test_the_front_is_that_of_the_reports() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_form_understands_every_field_of_a_job(service: Any) -> None:
-    """No field falls back to raw JSON but those that are free-form by nature, or pairs and lists."""
+def test_the_form_has_a_control_for_every_field_of_a_job(service: Any) -> None:
+    """Only lists and maps, and what is free-form by nature, are written as JSON."""
     with service.http() as http:
-        schema = http.get("/openapi.json").json()["paths"]["/v1/fine_tuning/jobs"]["post"]["requestBody"]
-    script = f"""
-        import assert from "node:assert";
-        import {{ shape }} from "./schema.js";
-        const root = {json.dumps(schema["content"]["application/json"]["schema"])};
-        const raw = [];
+        route = http.get("/openapi.json").json()["paths"]["/v1/fine_tuning/jobs"]["post"]
+    schema = route["requestBody"]["content"]["application/json"]["schema"]
+    done = run_node(f"""
+        import {{ resolve, shape }} from "./schema.js";
+        const root = {json.dumps(schema)};
+        const found = [];
         const walk = (at, path) => {{
-          if (at.kind === "json" || at.kind === "map") raw.push(path);
+          found.push([path, at.kind, at.schema.type ?? null]);
           for (const field of at.fields ?? []) walk(field.shape, `${{path}}.${{field.name}}`);
           for (const option of at.options ?? []) walk(option.shape, `${{path}}<${{option.label}}>`);
         }};
         walk(shape(root, root), "");
-        console.log(JSON.stringify(raw));
-    """
-    done = run_node(script)
+        console.log(JSON.stringify(found));
+    """)
     assert done.returncode == 0, done.stderr
-    raw = json.loads(done.stdout)
-    allowed = r"\.(metadata|integrations|points|clip|target_modules)(<.*>)?$"
-    assert [path for path in raw if not re.search(allowed, path)] == []
+    kinds = {path: (kind, type_) for path, kind, type_ in json.loads(done.stdout)}
+    assert kinds[".method"][0] == "tagged"
+    assert kinds[".method.weighted.likelihood<ratio_power>.gamma<ess>.ess.floor"][0] == "number"
+    assert kinds[".method.supervised.training.epochs"][0] == "auto"
+    assert kinds[".method.online.grader<string_check>.type"][0] == "const"
+    raw = {path: type_ for path, (kind, type_) in kinds.items() if kind in ("json", "map")}
     assert ".metadata" in raw
+    assert [path for path, type_ in raw.items() if type_ not in ("array", "object")] == []

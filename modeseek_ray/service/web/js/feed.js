@@ -9,11 +9,13 @@ const JOB_EVERY_MS = 2000;
 const REDRAW_EVERY_MS = 200;
 const SLICE_MS = 12; // of work between two chances for the browser to paint
 const MOST_MESSAGES = 500;
+const MOST_ROLLOUTS = 50;
 
 export class Feed {
   job = null;
   table = new MetricTable();
   messages = [];
+  rollouts = []; // messages that show samples of the generator
   numEvents = 0;
   connection = "connecting";
   error = null;
@@ -80,6 +82,7 @@ export class Feed {
       this.table.add(event.data.step, event.data, attempt > this.#attempt);
       this.#attempt = Math.max(attempt, this.#attempt);
     }
+    if (event.data?.rollouts) this.rollouts = [...this.rollouts, event].slice(-MOST_ROLLOUTS);
     if (event.type === "message" || event.level !== "info") {
       this.messages.push(event);
       // Warnings and errors outlive a flood of news.

@@ -28,8 +28,8 @@ export const FIGURES = [
   },
   {
     id: "reward", title: "Reward", unit: "",
-    lines: [each(/^((?:weights\.|rewards?\.)?(?:mean_)?rewards?(?:[._](?!seconds).*)?)$/, (match) => match[1].replace("weights.", ""))],
-    note: "Of the samples of each step, before weighting.",
+    lines: [only("rollout.reward", "mean"), only("rollout.reward_std", "standard deviation")],
+    note: "Of all samples of a round, those included that tie. Spread near zero: nothing left to choose between.",
   },
   {
     id: "retention", title: "Retention, per old task", unit: "share solved", range: [0, 1],
@@ -53,12 +53,12 @@ export const FIGURES = [
   },
   {
     id: "mismatch", title: "Engine against trainer", unit: "",
-    lines: [each(/^((?:[a-z_]+\.)?(?:mismatch|route|routing|log_ratio_behavior|k3)[a-z0-9_.]*)$/)],
+    lines: [each(/^mismatch\/(.+)$/, (match) => match[1].replaceAll("/", ": ").replaceAll("_", " "))],
     note: "How far the generator's log-probabilities and routes differ from the trainer's for the same tokens.",
   },
   {
     id: "staleness", title: "Staleness", unit: "steps",
-    lines: [each(/^((?:[a-z_]+\.)?(?:mean_|max_)?staleness[a-z0-9_.]*)$/)],
+    lines: [only("rollout.staleness", "mean")],
     note: "How many weight versions lay between writing a sample and training on it.",
   },
   {
@@ -70,6 +70,16 @@ export const FIGURES = [
     id: "seconds", title: "Time of a step, by part", unit: "seconds",
     lines: [only("seconds_total", "whole step"), each(/^seconds_(?!total$)(.+)$/)],
     note: "What a step waits for.",
+  },
+  {
+    id: "rounds", title: "Time of a round, by part", unit: "seconds",
+    lines: [each(/^rollout\.(.+)_s$/)],
+    note: "Writing, grading and handing over, beside the training steps.",
+  },
+  {
+    id: "left-out", title: "Samples left out", unit: "",
+    lines: [only("rollout.tied_groups", "groups that tie"), only("rollout.failed_samples", "not graded"), only("rollout.stale_samples", "too old")],
+    note: "Groups whose rewards all tie tell nothing; many of them mean that questions are too easy or too hard.",
   },
   {
     id: "optimisation", title: "Gradient norm", unit: "",

@@ -9,6 +9,7 @@ import { Gallery } from "./gallery.js";
 import { notice } from "./notice.js";
 import { configurationOf, downloadsOf } from "./record.js";
 import { checkpointsSection, rowsSection } from "./results.js";
+import { rolloutsSection } from "./rollouts.js";
 
 const TEMPLATE = "/v1/fine_tuning/jobs/{job_id}";
 
@@ -25,12 +26,13 @@ export function jobView(place, jobId) {
   const gallery = new Gallery(() => [{ label: null, table: feed.table }]);
   const checkpoints = checkpointsSection(jobId);
   const rows = rowsSection(jobId);
+  const rollouts = rolloutsSection();
   put(place,
     h("div.heading", {}, heading, status, h("span.stretch"), actions), problem, bar, facts, connection,
     h("section", { "aria-labelledby": "curves" }, h("h2", { id: "curves" }, "Curves"), gallery.node),
     h("section", { "aria-labelledby": "history" }, h("h2", { id: "history" }, "What happened"),
       h("div.scroll.tall", { tabindex: 0, role: "group", "aria-label": "What happened, newest first" }, log)),
-    rows.node, checkpoints.node, record);
+    rollouts.node, rows.node, checkpoints.node, record);
   const feed = new Feed(jobId, draw);
   const unwatch = onThemeChange(() => gallery.restyle());
   let before = null;
@@ -48,6 +50,7 @@ export function jobView(place, jobId) {
     drawFacts(job);
     drawConnection();
     drawLog();
+    if (feed.rollouts.length) rollouts.draw(feed.rollouts);
     gallery.draw(job);
     if (before?.state !== job.state) onNewState(job);
     else if (before.last_checkpoint_step !== job.last_checkpoint_step) checkpoints.load();

@@ -1,5 +1,7 @@
 // JSON Schema as pydantic writes it, reduced to the kinds of field a form knows.
 
+const MARKS = ["scheme", "type"]; // constants that tell the variants of a union apart
+
 /** Follows `$ref` within `root`; what stands beside the reference (description, default) wins. */
 export function resolve(schema, root) {
   let found = schema;
@@ -24,6 +26,7 @@ export function shape(schema, root) {
   const variants = found.anyOf ?? found.oneOf;
   if (variants) return union(variants, base, root);
   if (found.const !== undefined) return { ...base, kind: "const", value: found.const };
+  if (found.type === "null") return { ...base, kind: "const", value: undefined }; // never to be given
   if (found.enum) return { ...base, kind: "enum", values: found.enum };
   if (found.type === "object") return object(found, base, root);
   if (["number", "integer", "string", "boolean"].includes(found.type)) return { ...base, kind: found.type };
@@ -34,6 +37,7 @@ function union(variants, base, root) {
   const resolved = variants.map((variant) => resolve(variant, root));
   const rest = resolved.filter((variant) => variant.type !== "null");
   const optional = rest.length < resolved.length;
+  if (rest.length === 1 && rest[0].const !== undefined) return { ...base, kind: "enum", values: [rest[0].const], optional };
   if (rest.length === 1) return { ...shape(rest[0], root), ...described(base), optional };
   const word = rest.find((variant) => variant.const !== undefined && variant.type === "string");
   const numbers = rest.filter((variant) => ["number", "integer"].includes(variant.type));
@@ -55,11 +59,11 @@ function object(found, base, root) {
   return { ...base, kind: tag ? "tagged" : "object", fields, required: found.required ?? [] };
 }
 
-/** What a variant is called: its scheme, the one key it is written with, or its type. */
+/** What a variant is called: its scheme or type, the one key it is written with, or its title. */
 function labelOf(variant) {
   const names = Object.keys(variant.properties ?? {});
-  const scheme = variant.properties?.scheme?.const ?? variant.properties?.scheme?.default;
-  if (scheme) return scheme;
+  const mark = MARKS.map((name) => variant.properties?.[name]?.const).find(Boolean);
+  if (mark) return mark;
   if (variant.const !== undefined) return JSON.stringify(variant.const);
   if (names.length === 1) return names[0];
   return variant.title ?? variant.type ?? "other";
@@ -83,8 +87,10 @@ export function fits(shapeOf, value) {
 
 function objectFits({ fields, required }, value) {
   const byName = new Map(fields.map((field) => [field.name, field.shape]));
-  const scheme = byName.get("scheme");
-  if (scheme?.kind === "const" && (value.scheme ?? scheme.default) !== scheme.value) return false;
+  for (const name of MARKS) {
+    const mark = byName.get(name);
+    if (mark?.kind === "const" && (value[name] ?? mark.default) !== mark.value) return false;
+  }
   return Object.keys(value).every((name) => byName.has(name)) && required.every((name) => name in value);
 }
 

@@ -50,6 +50,17 @@ class Story:
         _run(self._train(until))
         return self
 
+    def show_answers(self, number: int, rewards: Sequence[float | None]) -> Story:
+        """What an online job says of a round: one question, its answers and their rewards."""
+        answers = [{"text": f"answer {i}", "reward": r, "error": None} for i, r in enumerate(rewards)]
+        work = self._journal.message(
+            f"Round {number}: {len(rewards)} samples.", prompt="2 + 2 =", rollouts=answers
+        )
+        _run(work)
+        _run(self._send(self._told))
+        self._told = []
+        return self
+
     def checkpoint(self) -> Story:
         """A committed checkpoint at the present step."""
         path = self._service.home.checkpoints(self.id) / f"step-{self._step}.a1"

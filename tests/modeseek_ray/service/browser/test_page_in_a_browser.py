@@ -89,6 +89,22 @@ def test_rows_checkpoints_configuration_and_files_of_a_finished_job(
     assert "<title>report</title>" in download.value.path().read_text()
 
 
+def test_sampled_answers_stand_side_by_side_best_first(service: Any, open_page: Open) -> None:
+    story = Story(service, "rounds").train(2).show_answers(1, [0.5, 0.5])
+    page = open_page(job_url(service, story))
+    section = page.locator("section", has=page.get_by_role("heading", name="Sampled answers"))
+    expect(section).to_contain_text("All rewards are the same")
+    story.show_answers(2, [0.1, 0.9, 0.4])
+    expect(section.locator("li").first).to_contain_text("best, reward 0.9")
+    assert [each.splitlines()[-1] for each in section.locator("li").all_inner_texts()] == [
+        "answer 1",
+        "answer 2",
+        "answer 0",
+    ]
+    section.get_by_label("Round").select_option(label="Round 1: 2 samples.")
+    expect(section.locator("li")).to_have_count(2)
+
+
 def test_a_failed_job_says_why(service: Any, finished: dict[str, Story], open_page: Open) -> None:
     page = open_page(job_url(service, finished["too-hot"]))
     expect(page.get_by_role("alert")).to_contain_text("Lower the learning rate")
