@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.inner import MiniBatch, merge_reports, mini_batches
+from actors.inner import MiniBatch, merge_reports, mini_batches, parts_of
 from actors.roles import Desired, Journal, Scorer, Source, Trainer, WeightChannel
 from modeseek_ray.data.auto import ResolvedTraining, learning_rate_at
 from modeseek_ray.errors import NumericsError
+from modeseek_ray.objectives.deltas import ratio_warnings
 from modeseek_ray.types import EvalReport, Evidence, Group, StepPlan, StepReport, Weights
 from modeseek_ray.weights import Weighting, kl_coefficient, needs, observe, weigh
 
@@ -139,11 +140,14 @@ class Driver:
         if self._reference is not None:
             groups = await self._reference.score(groups)
         if self._plan.looks_back:
-            groups = await self._trainer.begin(groups)
+            num_samples = sum(len(g) for g in groups)
+            parts = parts_of(num_samples, self._plan.inner_steps, seed=self._inner_seed)
+            groups = await self._trainer.begin(groups, parts)
         elif self._needs_policy:
             groups = await self._trainer.score(groups)
         weights = self._weigh(groups)
         report = await self._step(groups, weights)
+        weights = replace(weights, warnings=(*weights.warnings, *ratio_warnings(report.figures)))
         if not np.isfinite([report.loss, report.grad_norm]).all():
             raise NumericsError(
                 f"step {report.step}: the loss is {report.loss}, the gradient norm {report.grad_norm}.",
@@ -164,13 +168,16 @@ class Driver:
 
     async def _step(self, groups: Sequence[Group], weights: Weights) -> StepReport:
         """One optimizer step, or several on parts of the batch. The weights stay as they are meanwhile."""
-        seed = (self._plan.seed, self.state.step)
         reports = [
             await self._trainer.step(part.groups, self._step_plan(part, weights))
-            for part in mini_batches(groups, weights.values_N, self._plan.inner_steps, seed=seed)
+            for part in mini_batches(groups, weights.values_N, self._plan.inner_steps, seed=self._inner_seed)
         ]
         report = merge_reports(reports)
         return replace(report, figures={**report.figures, **self._source.figures(), **self._sync_figures})
+
+    @property
+    def _inner_seed(self) -> tuple[int, int]:
+        return self._plan.seed, self.state.step
 
     async def _skip(self) -> None:
         """A batch with nothing to learn from still counts: the source has moved on."""

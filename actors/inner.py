@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modeseek_ray.types import FloatArray, Group, StepReport
+from modeseek_ray.types import FloatArray, Group, IntArray, StepReport
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,22 @@ class MiniBatch:
     values_N: FloatArray
 
 
+def parts_of(num_samples: int, count: int, *, seed: tuple[int, int]) -> list[IntArray]:
+    """Positions in a batch of `count` parts of nearly equal size, shuffled by `seed`; known before any weight is.
+
+    >>> [part.tolist() for part in parts_of(3, 1, seed=(0, 0))]
+    [[0, 1, 2]]
+    """
+    if count <= 1:
+        return [np.arange(num_samples)]
+    order_N = np.random.default_rng(seed).permutation(num_samples)
+    return [np.sort(part) for part in np.array_split(order_N, min(count, num_samples))]
+
+
 def mini_batches(
     groups: Sequence[Group], values_N: FloatArray, count: int, *, seed: tuple[int, int]
 ) -> list[MiniBatch]:
-    """Cut a weighed batch into `count` parts of nearly equal size, its samples shuffled by `seed`.
+    """Cut a weighed batch into its `parts_of`.
 
     Weights are taken over unchanged: they were normalised over the whole batch. A group may be cut,
     because what held it together, its rewards' comparison, is in the weights already. One part is
@@ -29,11 +41,9 @@ def mini_batches(
     """
     if count <= 1:
         return [MiniBatch(list(groups), values_N)]
-    order_N = np.random.default_rng(seed).permutation(len(values_N))
     ends = np.cumsum([len(g) for g in groups])
     parts = []
-    for chosen_N in np.array_split(order_N, min(count, len(values_N))):
-        chosen_N = np.sort(chosen_N)
+    for chosen_N in parts_of(len(values_N), count, seed=seed):
         of_group_N = np.searchsorted(ends, chosen_N, side="right")
         taken = [
             groups[g].take(chosen_N[of_group_N == g] - (ends[g] - len(groups[g])))

@@ -70,6 +70,7 @@ class FakeTrainer:
     def __init__(self, loss: float = 1.0) -> None:
         self.calls: list[str] = []
         self.plans: list[StepPlan] = []
+        self.parts: list[list[list[int]]] = []
         self.loss = loss
 
     async def remember_start(self, retention: Sequence[Group]) -> None:
@@ -81,8 +82,9 @@ class FakeTrainer:
         moved = "step" in self.calls
         return [g.with_columns(log_policy_N=np.array([float(j * moved)])) for j, g in enumerate(groups)]
 
-    async def begin(self, groups: Sequence[Group]) -> list[Group]:
+    async def begin(self, groups: Sequence[Group], parts: Sequence[np.ndarray] | None = None) -> list[Group]:
         self.calls.append("begin")
+        self.parts.append([part.tolist() for part in parts or ()])
         return [g.with_columns(log_policy_N=np.zeros(1)) for g in groups]
 
     async def step(self, groups: Sequence[Group], plan: StepPlan) -> StepReport:
@@ -106,6 +108,7 @@ class FakeJournal:
         self.steps: list[int] = []
         self.weights: list[np.ndarray] = []
         self.reports: list[StepReport] = []
+        self.warnings: list[tuple[str, ...]] = []
         self.asked = 0
         self.stop_at = stop_at
         self.wanted = wanted
@@ -117,6 +120,7 @@ class FakeJournal:
     async def record(self, step: int, groups: Any, weights: Any, report: Any, total_steps: int) -> None:
         self.steps.append(step)
         self.weights.append(weights.values_N)
+        self.warnings.append(weights.warnings)
         self.reports.append(report)
 
     async def evaluated(self, step: int, reports: Any) -> None: ...
@@ -271,11 +275,24 @@ async def test_a_batch_without_samples_counts_and_trains_nothing() -> None:
     assert outcome.state.step == 4 and journal.steps == [1, 3, 4] and trainer.calls.count("step") == 3
 
 
+async def test_ratios_that_have_moved_far_are_warned_of() -> None:
+    class Moving(FakeTrainer):
+        async def step(self, groups: Sequence[Group], plan: StepPlan) -> StepReport:
+            figures = {"ratio/mean_abs_delta": 0.75, "ratio/far_samples": 0.5}
+            return dataclasses.replace(await super().step(groups, plan), figures=figures)
+
+    journal = FakeJournal()
+    await _driver(_plan(), trainer=Moving(), journal=journal).run()
+    [warning] = journal.warnings[0]
+    assert warning.startswith("ratio: the mean |δ| of a token is 0.75")
+
+
 async def test_inner_steps_share_one_weighing_and_look_back_to_its_policy() -> None:
     trainer, journal = FakeTrainer(), FakeJournal()
     plan = dataclasses.replace(_plan(), inner_steps=2, looks_back=True)
     await _driver(plan, trainer=trainer, journal=journal).run()
     assert trainer.calls[:4] == ["begin", "step", "step", "begin"]
+    assert [sorted(parts) for parts in trainer.parts] == [[[0], [1]]] * 4, "known before the batch is weighed"
     assert [len(p.values_N) for p in trainer.plans] == [1] * 8
     assert [p.denominator for p in trainer.plans] == [3.0] * 8
     assert journal.reports[0].num_tokens == 12 and journal.steps == [1, 2, 3, 4]
