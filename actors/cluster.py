@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.generator import GeneratorEngine, GeneratorSpec
 from actors.generator_pool import GeneratorPool
 from actors.pools import TrainerPool
+from actors.reward_model import ClassifierPool, RewardModel, RewardModelSpec
 from actors.trainer import TrainerRank
 from actors.vllm_engine import environment as vllm_environment
 from modeseek_ray.data.batching import deal
@@ -81,23 +82,33 @@ class RayPlacement:
         self._groups: list[PlacementGroup] = []
         self._trainer_seats: list[Seat] = []
         self._generator_seats: list[Seat] = []
+        self._classifier_seats: list[Seat] = []
 
     async def reserve(
-        self, *, trainers: int, generators: int = 0, generator: GeneratorSpec | None = None
+        self,
+        *,
+        trainers: int,
+        generators: int = 0,
+        generator: GeneratorSpec | None = None,
+        classifiers: Sequence[RewardModelSpec] = (),
     ) -> None:
         """Room for all workers of a job at once, before the first of them starts.
 
         One placement group: it is granted whole or not at all. Two jobs that reserved their trainers
-        and then waited for the other's CPUs to start generators would wait for ever.
+        and then waited for the other's CPUs to start generators would wait for ever. `classifiers` has
+        one entry a worker.
         """
         own = _bundle_of(self._resources.cpus_per_worker, self._resources.gpus_per_worker)
         bundles = [own] * trainers
         if generator is not None:
             gpus = generator.gpus_per_worker * generator.tensor_parallel
             bundles += [_bundle_of(generator.cpus_per_worker, gpus)] * generators
+        last_generator = len(bundles)
+        bundles += [_bundle_of(spec.cpus_per_worker, spec.gpus_per_worker) for spec in classifiers]
         group = await self._reserve(bundles)
-        self._trainer_seats = [(group, index) for index in range(trainers)]
-        self._generator_seats = [(group, index) for index in range(trainers, len(bundles))]
+        seats = [(group, index) for index in range(len(bundles))]
+        self._trainer_seats, self._generator_seats = seats[:trainers], seats[trainers:last_generator]
+        self._classifier_seats = seats[last_generator:]
 
     def put(self, block: Any) -> Any:
         return ray.put(block)
@@ -151,11 +162,34 @@ class RayPlacement:
 
         return GeneratorPool(spec, start, count)
 
+    async def classifiers(self, specs: Sequence[RewardModelSpec], count: int) -> ClassifierPool:
+        """`count` workers of each model, in the places `reserve` took for them, models in the same order."""
+        if len(self._classifier_seats) < len(specs) * count:
+            raise RuntimeError("reserve() places for all workers of the job together first")
+        seats = iter(self._classifier_seats)
+        remote_model = ray.remote(RewardModel)
+
+        def start(spec: RewardModelSpec, index: int) -> RayWorker:
+            handle = remote_model.options(  # type: ignore[attr-defined]
+                num_cpus=spec.cpus_per_worker,
+                num_gpus=spec.gpus_per_worker,
+                scheduling_strategy=_in(next(seats)),
+                # Scoring changes nothing: Ray may start a worker that died again, and ask it again.
+                max_restarts=3,
+                max_task_retries=3,
+                runtime_env={"env_vars": scorer_environment(spec.num_threads)},
+            ).remote(spec)
+            return RayWorker(handle, f"classifier {index} of {spec.model_path}")
+
+        workers = {spec.key: [start(spec, index) for index in range(count)] for spec in specs}
+        self._classifier_seats = list(seats)
+        return ClassifierPool(workers)
+
     async def close(self) -> None:
         for group in self._groups:
             remove_placement_group(group)
         self._groups.clear()
-        self._trainer_seats, self._generator_seats = [], []
+        self._trainer_seats, self._generator_seats, self._classifier_seats = [], [], []
 
     async def _reserve(self, bundles: Sequence[dict[str, float]]) -> PlacementGroup:
         group = placement_group(list(bundles), strategy="PACK")
@@ -175,16 +209,20 @@ class RayPlacement:
 
 def worker_environment(resources: Resources) -> dict[str, str]:
     """What must be set before a worker imports torch or DeepSpeed."""
-    threads = max(1, int(resources.cpus_per_worker))
-    environment = {
-        "OMP_NUM_THREADS": str(threads),
+    environment = scorer_environment(max(1, int(resources.cpus_per_worker)))
+    if not resources.gpus_per_worker:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def scorer_environment(num_threads: int) -> dict[str, str]:
+    """What must be set before a worker imports torch."""
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve the other workers
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    if not resources.gpus_per_worker:
-        environment["DS_ACCELERATOR"] = "cpu"
-    return environment
 
 
 def generator_environment(spec: GeneratorSpec) -> dict[str, str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from actors.generator_pool import GeneratorPool
@@ -20,6 +21,7 @@ from modeseek_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from actors.generator import GeneratorSpec
+    from actors.reward_model import ClassifierPool, RewardModelSpec
     from actors.trainer import TrainerSpec
 
 
@@ -95,7 +97,12 @@ class LocalPlacement:
         return TrainerPool([worker], deal)
 
     async def reserve(
-        self, *, trainers: int, generators: int = 0, generator: GeneratorSpec | None = None
+        self,
+        *,
+        trainers: int,
+        generators: int = 0,
+        generator: GeneratorSpec | None = None,
+        classifiers: Sequence[RewardModelSpec] = (),
     ) -> None:
         """Nothing to reserve in one process."""
 
@@ -115,6 +122,14 @@ class LocalPlacement:
 
         # What broke vLLM in this process is still in it: no second engine.
         return GeneratorPool(spec, start, count, max_replacements=0)
+
+    async def classifiers(self, specs: Sequence[RewardModelSpec], count: int) -> ClassifierPool:
+        """One worker a model, however many are asked for: a second would only share the same cores."""
+        from actors.reward_model import ClassifierPool, RewardModel
+
+        return ClassifierPool(
+            {spec.key: [LocalWorker(partial(RewardModel, spec), "classifier")] for spec in specs}
+        )
 
     async def close(self) -> None:
         """Nothing outlives the workers, which their pools stop."""

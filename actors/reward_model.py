@@ -38,29 +38,43 @@ class RewardModelSpec:
     cpus_per_worker: float = 1.0  # also torch's threads, rounded down, at least one
     gpus_per_worker: float = 0.0
 
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """What a grader calls it by."""
+        return self.model_path, self.label
+
+    @property
+    def num_threads(self) -> int:
+        return max(1, int(self.cpus_per_worker))
+
 
 class RewardModel:
-    """Loads the model when constructed; the weights never change."""
+    """The weights never change, so a worker that was started again answers as the one before it."""
 
     def __init__(self, spec: RewardModelSpec) -> None:
-        """Raises `ModelError` for a model that cannot be loaded, or whose labels are not what the spec says."""
+        self._spec = spec
+        self._model: Any = None
+
+    def setup(self) -> None:
+        """Load the model, once; `score` does it where nobody has.
+
+        Raises `ModelError` for a model that cannot be loaded, or whose labels are not what the spec says.
+        """
+        if self._model is not None:
+            return
         import torch
         from transformers import AutoTokenizer
 
         from actors.modeling import load_sequence_classifier
 
+        spec = self._spec
         if spec.gpus_per_worker and not torch.cuda.is_available():
             raise ConfigError(
                 "the job asks for GPUs, and torch finds none in this process.",
                 param="resources.gpus_per_worker",
                 mend="Set it to 0, or install the CUDA requirements.",
             )
-        torch.set_num_threads(max(1, int(spec.cpus_per_worker)))
-        self._spec = spec
-        self._device = torch.device("cuda" if spec.gpus_per_worker else "cpu")
-        self._model = load_sequence_classifier(spec.model_path, spec.dtype).eval().to(self._device)
-        self._config = self._model.config
-        self._column = self._find_label()
+        torch.set_num_threads(spec.num_threads)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 spec.model_path, local_files_only=True, trust_remote_code=False
@@ -72,6 +86,11 @@ class RewardModel:
                 mend="`tokenizer.save_pretrained(directory)`",
                 code="no_tokenizer",
             ) from error
+        model = load_sequence_classifier(spec.model_path, spec.dtype).eval()
+        self._config = model.config
+        self._column = self._find_label()
+        self._device = torch.device("cuda" if spec.gpus_per_worker else "cpu")
+        self._model = model.to(self._device)  # type: ignore[arg-type]
 
     def _find_label(self) -> int | None:
         labels: Mapping[int, str] = self._config.id2label
@@ -89,6 +108,7 @@ class RewardModel:
 
     def score(self, conversations: Sequence[Conversation]) -> list[Grade]:
         """One grade per conversation, [N]; one that cannot be scored gets its reason."""
+        self.setup()
         grades: list[Grade | None] = [None] * len(conversations)
         encoded: dict[int, Mapping[str, Any]] = {}
         for n, conversation in enumerate(conversations):
@@ -163,12 +183,17 @@ class ClassifierPool:
     """`modeseek_ray.rewards.Classifier` over workers, several for each model and label a job's grader names."""
 
     def __init__(self, workers: Mapping[tuple[str, str | None], Sequence[Worker]]) -> None:
+        """The workers of each model and label, as `RewardModelSpec.key` has them."""
         self._workers = workers
+
+    async def setup(self) -> None:
+        """Load every model now, so that what is wrong with one comes out before the first sample is written."""
+        await asyncio.gather(*(worker.call("setup") for worker in self._all()))
 
     async def score(
         self, model: str, label: str | None, conversations: Sequence[Conversation]
     ) -> list[Grade]:
-        """Chunks go round the workers, in order; a worker that dies ends the job, as any other's death does."""
+        """Chunks go round the workers; grades come back in order."""
         workers = self._workers[model, label]
         starts = range(0, len(conversations), CHUNK)
         parts = await asyncio.gather(
@@ -180,5 +205,7 @@ class ClassifierPool:
         return [grade for part in parts for grade in part]
 
     async def close(self) -> None:
-        every = [worker for workers in self._workers.values() for worker in workers]
-        await asyncio.gather(*(worker.stop() for worker in every), return_exceptions=True)
+        await asyncio.gather(*(worker.stop() for worker in self._all()), return_exceptions=True)
+
+    def _all(self) -> list[Worker]:
+        return [worker for workers in self._workers.values() for worker in workers]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import (
@@ -19,10 +21,12 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
+from actors.cluster import RayPlacement
 from actors.local import LocalWorker
 from actors.reward_model import ClassifierPool, RewardModel, RewardModelSpec
+from modeseek_ray.config import Resources
 from modeseek_ray.errors import ModelError
-from modeseek_ray.rewards import GradeItem, build_grader
+from modeseek_ray.rewards import GradeItem, Grader, build_grader
 from modeseek_ray.rewards.parameters import ScoreModel
 from tests.conftest import byte_tokenizer
 
@@ -136,16 +140,19 @@ def test_a_label_s_probability(save: Callable[..., str]) -> None:
     )
     for label in (None, "best"):
         with pytest.raises(ModelError, match=r"3 label\(s\), bad, good, unclear"):
-            RewardModel(RewardModelSpec(path, label=label))
+            RewardModel(RewardModelSpec(path, label=label)).setup()
 
 
 def test_what_is_no_classifier_is_refused(tiny_dense: Path, one_logit: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="lack 1 of the architecture's weights, score.weight"):
-        RewardModel(RewardModelSpec(str(tiny_dense)))
+        RewardModel(RewardModelSpec(str(tiny_dense))).setup()
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
+        RewardModel(RewardModelSpec(str(tmp_path))).setup()
+    byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot be loaded as a sequence classifier"):
-        RewardModel(RewardModelSpec(str(tmp_path)))
+        RewardModel(RewardModelSpec(str(tmp_path))).setup()
     with pytest.raises(ModelError, match=r"1 label\(s\)"):
-        RewardModel(RewardModelSpec(one_logit, label="good"))
+        RewardModel(RewardModelSpec(one_logit, label="good")).setup()
 
 
 def test_one_conversation_that_cannot_be_scored_spoils_no_other(one_logit: str) -> None:
@@ -162,32 +169,71 @@ def test_one_conversation_that_cannot_be_scored_spoils_no_other(one_logit: str) 
     assert "nan" in (model.score(CONVERSATIONS[:1])[0].error or "")
 
 
-@pytest.fixture
-def pools(one_logit: str, monkeypatch: pytest.MonkeyPatch) -> list[ClassifierPool]:
-    """With one worker, and with three."""
-    monkeypatch.setattr("actors.reward_model.CHUNK", 4)
-    build = partial(RewardModel, RewardModelSpec(one_logit, micro_batch_tokens=100))
-    return [
-        ClassifierPool({(one_logit, None): [LocalWorker(build, f"{size}-{n}") for n in range(size)]})
-        for size in (1, 3)
+def grader_of(path: str, pool: ClassifierPool) -> Grader:
+    messages = [
+        {"role": "user", "content": "Is it {{ item.n }}?"},
+        {"role": "assistant", "content": "{{ sample.output_text }}"},
     ]
+    return build_grader(ScoreModel.model_validate({"model": path, "input": messages}), classifier=pool)
+
+
+ITEMS = [GradeItem(text, {"n": n}, 1) for n, text in enumerate(TEXTS)]
 
 
 async def test_a_pool_grades_in_order_and_its_size_changes_no_bit(
-    one_logit: str, pools: list[ClassifierPool]
+    one_logit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section = ScoreModel(
-        model=one_logit,
-        input=[
-            {"role": "user", "content": "Is it {{ item.n }}?"},  # type: ignore[list-item]
-            {"role": "assistant", "content": "{{ sample.output_text }}"},  # type: ignore[list-item]
-        ],
-    )
-    items = [GradeItem(text, {"n": n}, 1) for n, text in enumerate(TEXTS)]
-    one, three = [await build_grader(section, classifier=pool).grade(items) for pool in pools]
-    assert one == three
-    np.testing.assert_allclose(
-        [g.reward for g in one], logits_alone(one_logit, CONVERSATIONS)[:, 0], atol=1e-5
-    )
-    for pool in pools:
+    monkeypatch.setattr("actors.reward_model.CHUNK", 4)
+    spec = RewardModelSpec(one_logit, micro_batch_tokens=100)
+    found = []
+    for size in (1, 3):
+        pool = ClassifierPool({spec.key: [LocalWorker(partial(RewardModel, spec), "") for _ in range(size)]})
+        found.append(await grader_of(one_logit, pool).grade(ITEMS))
         await pool.close()
+    assert found[0] == found[1]
+    np.testing.assert_allclose(
+        [grade.reward for grade in found[0]], logits_alone(one_logit, CONVERSATIONS)[:, 0], atol=1e-5
+    )
+
+
+async def test_on_ray_a_classifier_that_is_killed_is_started_again(one_logit: str, ray_cluster: Any) -> None:
+    """kill -9 of the only worker: the next round is graded by the one Ray starts in its place."""
+    placement = RayPlacement(Resources())
+    spec = RewardModelSpec(one_logit)
+    await placement.reserve(trainers=0, classifiers=[spec])
+    pool = await placement.classifiers([spec], 1)
+    try:
+        await pool.setup()
+        grader = grader_of(one_logit, pool)
+        before = await grader.grade(ITEMS)
+        [worker] = [p for p in psutil.process_iter(["cmdline"]) if is_classifier(p)]
+        worker.kill()
+        worker.wait(10)
+        assert await grader.grade(ITEMS) == before
+        np.testing.assert_allclose(
+            [grade.reward for grade in before], logits_alone(one_logit, CONVERSATIONS)[:, 0], atol=1e-5
+        )
+    finally:
+        await pool.close()
+        await placement.close()
+
+
+def is_classifier(process: psutil.Process) -> bool:
+    """A worker of this test's own Ray, not of another run on the machine."""
+    command = " ".join(process.info["cmdline"] or [])
+    return command.startswith("ray::RewardModel") and os.getpid() in {p.pid for p in process.parents()}
+
+
+async def test_on_ray_what_is_wrong_with_a_model_is_said_before_the_first_sample(
+    tiny_dense: Path, ray_cluster: Any
+) -> None:
+    placement = RayPlacement(Resources())
+    spec = RewardModelSpec(str(tiny_dense))
+    await placement.reserve(trainers=0, classifiers=[spec])
+    pool = await placement.classifiers([spec], 1)
+    try:
+        with pytest.raises(ModelError, match="score.weight"):
+            await pool.setup()
+    finally:
+        await pool.close()
+        await placement.close()
