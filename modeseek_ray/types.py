@@ -132,6 +132,7 @@ class Group:
     log_behavior_N: FloatArray | None = None
     sum_delta_N: FloatArray | None = None
     distance_N: FloatArray | None = None
+    log_round_N: FloatArray | None = None
     weight_version_N: IntArray | None = None
 
     def __len__(self) -> int:
@@ -173,6 +174,7 @@ class Evidence:
     row_N: IntArray | None = None  # stable row ids, for moving averages and the ledger
     sum_delta_N: FloatArray | None = None  # sum over tokens of (ratio_t - 1)
     distance_N: FloatArray | None = None  # per-sample distance from the start, for `per_sample` gamma
+    log_round_N: FloatArray | None = None  # log pi_k(y|x), the policy frozen when this round of fitting began
     is_replay_N: BoolArray | None = None
 
     @property

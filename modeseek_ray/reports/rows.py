@@ -6,18 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from modeseek_ray.config import parse_config
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.reports.distribution import DOMINANT, STARVED, RowLedger
 from modeseek_ray.reports.texts import RowText, row_texts
+from modeseek_ray.weights.steering import Steering
 from modeseek_ray.weights.weighting import uses_likelihood
 
 ROWS_SHOWN = 10
 Texts = Mapping[int, RowText] | Path
-# What a small weight says of a row: it is not mastered, or it is the one that was learnt most.
-Steering = Literal["low_is_unmastered", "low_is_mastered"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from modeseek_ray.weights.control import kl_coefficient
 from modeseek_ray.weights.first_order import FirstOrderSolution, first_order_solver
 from modeseek_ray.weights.presets import PRESETS, preset_fields
 from modeseek_ray.weights.solve import effective_sample_size
+from modeseek_ray.weights.steering import PromptLedger, draw_prompts, prompt_probabilities
 from modeseek_ray.weights.weigh import observe, weigh
 from modeseek_ray.weights.weighting import Guards, Weighting, needs, resolve
 
@@ -20,15 +21,18 @@ __all__ = [
     "FirstOrderSolution",
     "Guards",
     "Problem",
+    "PromptLedger",
     "Weighting",
     "Weights",
     "check_weighting",
+    "draw_prompts",
     "effective_sample_size",
     "first_order_solver",
     "kl_coefficient",
     "needs",
     "observe",
     "preset_fields",
+    "prompt_probabilities",
     "resolve",
     "weigh",
 ]

@@ -22,6 +22,7 @@ _WAY_OUT = {
     "rewards": "Add a `reward` field to the rows, or a grader, or choose reward: {scheme: uniform}.",
     "sum_delta": "Score with per-token ratios, or choose approximation: exact.",
     "distance": "Measure the distances, or choose distance: initial_nll.",
+    "round": "Score the rows with the policy as each round begins.",
 }
 
 
@@ -122,6 +123,9 @@ class Batch:
                 return column["log_policy_N"]
             case "initial":
                 return column["log_reference_N"]
+            case "round_over_data":  # the first round begins at the start
+                began_A = column["log_round_N" if "log_round_N" in column else "log_reference_N"]
+                return began_A - column["log_behavior_N"]
         raise ConfigError(f"there is no ratio {of!r}.", param="method.weighted.likelihood.of")
 
     @property

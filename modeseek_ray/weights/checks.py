@@ -95,6 +95,8 @@ def _likelihood(weighting: Weighting) -> Iterator[Problem]:
     f = weighting.likelihood
     of, gamma = getattr(f, "of", None), getattr(f, "gamma", None)
     if of is None:
+        if weighting.rounds > 1:
+            yield _error("rounds", "without a likelihood ratio there are no rounds.", "Set rounds: 1.")
         return
     largest = _largest_gamma(gamma)
     if largest is not None and of != "initial" and largest[1] > GAMMA_LIMIT:
@@ -139,6 +141,8 @@ def _likelihood(weighting: Weighting) -> Iterator[Problem]:
         )
     if isinstance(gamma, ways.KlBudgetGamma):
         yield from _unmeasured_kl(weighting)
+    if weighting.rounds > 1 and of != "round_over_data":
+        yield _error("rounds", f"of: {of} knows no rounds.", "Set rounds: 1, or of: round_over_data.")
     yield from _collapses(f, of, gamma)
 
 
@@ -231,8 +235,14 @@ def _against_data(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
     if "behavior" in wanted and facts.has_log_behavior is False:
         yield _error(
             "likelihood.of",
-            "policy_over_data needs to know how likely the data were to their author.",
+            f"{weighting.likelihood.of} needs to know how likely the data were to their author.",
             "Give `logprobs` with every row, or name a behavior_model, or choose another `of`.",
+        )
+    if "round" in wanted:
+        yield _error(
+            "rounds",
+            "no job freezes the policy as a round begins yet.",
+            "Set rounds: 1, and start the next round from the finished model.",
         )
     if "distance" in wanted:
         yield _error(

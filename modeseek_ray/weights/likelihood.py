@@ -14,8 +14,10 @@ from modeseek_ray.strict import Pair, Strict
 from modeseek_ray.types import FloatArray
 from modeseek_ray.weights.gamma import Gamma
 
-Of = Literal["policy_over_initial", "policy_over_data", "policy", "initial", "initial_over_policy"]
-REAL_RATIOS = ("policy_over_initial", "policy_over_data", "initial_over_policy")
+Of = Literal[
+    "policy_over_initial", "policy_over_data", "policy", "initial", "initial_over_policy", "round_over_data"
+]
+REAL_RATIOS = ("policy_over_initial", "policy_over_data", "initial_over_policy", "round_over_data")
 RATIOS_TO_START = ("policy_over_initial", "initial_over_policy")  # exactly 1 before the first update
 _EXP_LIMIT = 700.0  # exp(709.8) is the largest double
 

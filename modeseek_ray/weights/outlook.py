@@ -85,7 +85,11 @@ def at_start(evidence: Evidence) -> Evidence:
     """The same rows with the policy where it begins: log pi = log pi_0, no drift, no distance."""
     zero_N = np.zeros(evidence.size)
     return replace(
-        evidence, log_policy_N=evidence.log_reference_N, sum_delta_N=zero_N, distance_N=zero_N.copy()
+        evidence,
+        log_policy_N=evidence.log_reference_N,
+        log_round_N=evidence.log_reference_N,
+        sum_delta_N=zero_N,
+        distance_N=zero_N.copy(),
     )
 
 

@@ -154,6 +154,21 @@ PRESETS: dict[str, Preset] = {
         checked="its closed form, and by enumeration",
         differs="closed form from the ranks of n >= N samples; no second sampling",
     ),
+    "iterative": Preset(
+        "one round of variational fitting: the start, tilted by the reward, from another sampler's data",
+        {
+            "likelihood": {
+                "scheme": "ratio_power",
+                "of": "round_over_data",
+                "length_exponent": 0.0,
+                "gamma": 1.0,
+            },
+            "reward": {"scheme": "exponential", "beta": 1.0},
+        },
+        source="iterated variational fitting, METHODS section 3: weight (pi_k/mu) e^(r/beta)",
+        checked="its closed form, by enumeration: rounds at K beta equal one at beta",
+        differs="cap at 10; one round, `rounds` asks for more",
+    ),
     "dpo": Preset(
         "each prompt's best answer up, its worst down, by how little the policy tells them apart",
         {"reward": {"scheme": "preference", "beta": 0.1, "scope": "group"}},

@@ -30,6 +30,7 @@ NEED_OF_COLUMN = {
     "rewards_N": "rewards",
     "sum_delta_N": "sum_delta",
     "distance_N": "distance",
+    "log_round_N": "round",
 }
 _NEEDS_OF_RATIO = {
     "policy_over_initial": {"policy", "initial"},
@@ -37,6 +38,7 @@ _NEEDS_OF_RATIO = {
     "policy_over_data": {"policy", "behavior"},
     "policy": {"policy"},
     "initial": {"initial"},
+    "round_over_data": {"round", "behavior"},
 }
 
 
@@ -74,6 +76,9 @@ class Weighting(Strict):
     """Regulariser towards the start."""
     guards: Guards = Guards()
     """Cap, mix, moving average, Pareto smoothing."""
+    rounds: int = Field(1, ge=1, le=1000)
+    """With of: round_over_data, into how many equal parts the job is cut: as each begins, the policy is frozen
+    as the numerator of its ratio."""
     normalise: bool = True
     """Scale weights to mean one; false uses a f g unchanged, without cap (as several methods' code does)."""
 
@@ -92,7 +97,7 @@ def resolve(weighting: Weighting) -> dict[str, Any]:
 
 
 def needs(weighting: Weighting) -> frozenset[str]:
-    """Which evidence the weighting looks at: policy, initial, behavior, rewards, sum_delta, distance.
+    """Which evidence the weighting looks at: policy, initial, behavior, rewards, sum_delta, distance, round.
 
     >>> sorted(needs(Weighting(preset="mode_seeking"))), sorted(needs(Weighting(preset="rwr")))
     (['initial', 'policy'], ['rewards'])
@@ -106,6 +111,8 @@ def needs(weighting: Weighting) -> frozenset[str]:
         if "log_ratio_N" in positionals(scheme_of("likelihood", f)):
             first_order = getattr(f, "approximation", "exact") == "first_order"
             wanted |= {"sum_delta"} if first_order else _NEEDS_OF_RATIO[f.of]
+            if weighting.rounds == 1 and "round" in wanted:  # which begins at the start
+                wanted = wanted - {"round"} | {"initial"}
         gamma = getattr(f, "gamma", None)
         if isinstance(gamma, PerSampleGamma):
             wanted.add("initial" if gamma.per_sample.distance == "initial_nll" else "distance")

@@ -39,7 +39,9 @@ def _run(preset: str, model: Path, home: Path, out: Path, cache: Path) -> Metric
             "method": {"type": "weighted", "weighted": {"preset": preset, "training": training}},
         }
     )
-    spec = AttemptSpec(preset, 1, config, {"training_file": training_file}, model, out, cache)
+    spec = AttemptSpec(  # the rows' own model stands for their sampler, where a weighting asks for one
+        preset, 1, config, {"training_file": training_file}, model, out, cache, behavior_model_path=model
+    )
     journal = ResultJournal(out / "results", CallbackSink(lambda event: None))
     asyncio.run(Attempt(spec, LocalPlacement(), journal).run())
     return read_metrics(out / "results")

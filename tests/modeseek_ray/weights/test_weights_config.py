@@ -86,6 +86,7 @@ def test_presets_print_and_read_back(name: str) -> None:
         rng.normal(-5, 1, 12),
         rng.normal(-5, 1, 12),
         rng.integers(1, 4, 12),
+        log_behavior_N=rng.normal(-5, 1, 12),
         rewards_N=rng.normal(size=12),
         group_N=np.repeat([0, 1, 2], 4),
     )
@@ -137,6 +138,8 @@ def test_json_schema_describes_every_scheme() -> None:
         (ratio(of="policy", gamma={"per_sample": {}}), {"policy", "initial"}),
         (ratio(of="policy", gamma={"per_sample": {"distance": "kl"}}), {"policy", "distance"}),
         ({"token": {"scheme": "talr"}}, {"policy"}),
+        ({"preset": "iterative"}, {"initial", "behavior", "rewards"}),
+        ({"preset": "iterative", "rounds": 3}, {"round", "behavior", "rewards"}),
         ({"token": {"scheme": "talr", "tau": 1.5}}, set()),
     ],
 )
@@ -182,6 +185,10 @@ IMPOSSIBLE = [
         "reward.beta.ess.floor",
     ),
     ({"preset": "psft"}, Facts(), "token.scheme"),
+    ({"preset": "iterative", "rounds": 2}, Facts(), "rounds"),
+    ({"preset": "iterative"}, Facts(has_log_behavior=False), "likelihood.of"),
+    ({"rounds": 2}, Facts(), "rounds"),
+    ({**ratio(), "rounds": 2}, Facts(), "rounds"),
     (ratio(gamma={"per_sample": {"distance": "kl"}}), Facts(), "likelihood.gamma.per_sample.distance"),
 ]
 

@@ -59,6 +59,55 @@ def test_ratio_powers(of: str, gamma: float, printed: Any, closed_form: np.ndarr
         np.testing.assert_allclose(reached_N, printed, atol=1e-6)
 
 
+REWARDS = np.array([0.0, 1.0, 2.0])
+
+
+def fitted(began_N: np.ndarray, beta: float, rounds: int = 2) -> np.ndarray:
+    """Where exact fits of one round end: rows are mu's, weighed by (pi_k / mu) e^(r / beta)."""
+    setting = {"preset": "iterative", "reward": {"beta": beta}, "rounds": rounds, "guards": {"cap": None}}
+    evidence = Evidence(
+        log_policy_N=None,
+        log_reference_N=np.log(START),
+        num_tokens_N=np.array([1, 5, 9]),  # length_exponent 0: the sequence's own ratio
+        log_behavior_N=np.log(MU),
+        rewards_N=REWARDS,
+        prior_N=MU,
+        group_N=np.zeros(3, int),
+        log_round_N=np.log(began_N) if rounds > 1 else None,
+    )
+    return normal(weigh(evidence, Weighting.model_validate(setting)).values_N)
+
+
+def test_a_round_of_iterative_tilts_the_policy_it_began_with() -> None:
+    began_N = np.array([0.2, 0.5, 0.3])
+    np.testing.assert_allclose(fitted(began_N, 0.7), normal(began_N * np.exp(REWARDS / 0.7)), rtol=1e-12)
+
+
+def test_the_first_round_of_iterative_begins_at_the_start() -> None:
+    np.testing.assert_allclose(fitted(START, 0.7, rounds=1), fitted(START, 0.7), rtol=1e-12)
+
+
+@pytest.mark.parametrize("betas", [[2.8] * 4, [1.0, 7 / 3]])
+def test_only_the_sum_of_inverse_betas_matters(betas: list[float]) -> None:
+    """1/.7 = 4/2.8 = 1 + 3/7: rounds at K beta equal one at beta, whatever the data were sampled from."""
+    policy_N = START
+    for beta in betas:
+        policy_N = fitted(policy_N, beta)
+    np.testing.assert_allclose(policy_N, normal(START * np.exp(REWARDS / 0.7)), rtol=1e-12)
+
+
+def test_with_the_live_policy_in_its_place_it_collapses_to_the_best() -> None:
+    likelihood = {"scheme": "ratio_power", "of": "policy_over_data", "gamma": 1.0}
+    setting = {"likelihood": likelihood, "reward": {"scheme": "exponential"}, "guards": {"cap": None}}
+    policy_N = START
+    for _ in range(60):
+        evidence = Evidence(
+            np.log(policy_N), None, np.ones(3), np.log(MU), REWARDS, np.zeros(3, int), prior_N=MU
+        )
+        policy_N = normal(weigh(evidence, Weighting.model_validate(setting)).values_N)
+    np.testing.assert_allclose(policy_N, [0.0, 0.0, 1.0], atol=1e-12)
+
+
 def test_plain_sft_reaches_the_data() -> None:
     np.testing.assert_allclose(trained({"scheme": "uniform"}), MU, atol=1e-9)
 

@@ -93,7 +93,18 @@ def test_a_weighting_that_the_rows_cannot_feed_is_refused() -> None:
 
 
 def test_all_presets_that_need_no_rewards_or_sampler_can_be_looked_at() -> None:
-    for preset in ("sft", "mode_seeking", "anchored", "flow", "iw_sft", "dft", "asft", "psft", "eaft"):
+    for preset in (
+        "sft",
+        "mode_seeking",
+        "anchored",
+        "flow",
+        "iw_sft",
+        "dft",
+        "asft",
+        "psft",
+        "eaft",
+        "talr",
+    ):
         seen = look({"preset": preset}, [-1.0, -4.0, -9.0], num_tokens_N=np.array([1, 2, 3]))
         assert json.loads(json.dumps(seen.to_dict(), allow_nan=False))["num_rows"] == 3
         assert sum(seen.counts_B) == 3
