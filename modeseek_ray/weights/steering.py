@@ -24,7 +24,7 @@ class PromptLedger:
 
     >>> ledger = PromptLedger.empty(3).add(np.array([0, 0, 2]), np.array([1.5, 0.5, 4.0]))
     >>> ledger.mean_P
-    array([1. , 1. , 4. ])
+    array([1., 1., 4.])
     """
 
     uses_P: IntArray
