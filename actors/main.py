@@ -57,6 +57,16 @@ def serve(
         list[Path] | None,
         typer.Option(help="Directory under which models and data may be named by path. Repeatable."),
     ] = None,
+    pause_grace: Annotated[
+        float, typer.Option(min=0, help="Seconds a job has to save and pause; then it is stopped.")
+    ] = 300.0,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Of one tenant. Default: any number.")
+    ] = None,
+    webhook_network: Annotated[
+        list[str] | None,
+        typer.Option(help="Private network that webhooks may be sent to, `10.0.0.0/8`. Repeatable."),
+    ] = None,
 ) -> None:
     """Start the service and a Ray head on this machine. Ctrl-C ends both; jobs go on at the next start."""
     from actors.commands.serve import ServeOptions
@@ -64,7 +74,8 @@ def serve(
 
     options = ServeOptions(
         host=host, port=port, home=_home(home).root, ray_address=ray_address, ray_cpus=ray_cpus,
-        max_running_jobs=max_running_jobs, roots=tuple(root or ()),
+        max_running_jobs=max_running_jobs, roots=tuple(root or ()), pause_grace_s=pause_grace,
+        requests_per_minute=requests_per_minute, webhook_networks=tuple(webhook_network or ()),
     )  # fmt: skip
     run_service(options)
 
@@ -108,6 +119,21 @@ def show(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
     from actors.commands import remote
 
     remote.show(url, api_key, job)
+
+
+@app.command()
+def logs(
+    job: JobId,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Which attempt's driver. Default: the newest.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+) -> None:
+    """Print what a job's driver printed: for a traceback, when the events are not enough."""
+    from actors.commands import remote
+
+    remote.logs(url, api_key, job, attempt)
 
 
 @app.command()
@@ -233,12 +259,13 @@ app.add_typer(keys_app, name="keys")
 def create_key(
     name: Annotated[str, typer.Argument(help="Whose it is; for your own list.")],
     tenant: Annotated[str, typer.Option(help="Files and jobs are seen within a tenant only.")] = "default",
+    read_only: Annotated[bool, typer.Option("--read-only", help="It may look, and change nothing.")] = False,
     home: HomeDir = None,
 ) -> None:
     """Make a key and print it, once. Stop the service first."""
     from actors.commands import keys
 
-    keys.create(_home(home), name, tenant)
+    keys.create(_home(home), name, tenant, read_only=read_only)
 
 
 @keys_app.command("list")
@@ -258,6 +285,43 @@ def revoke_key(
     from actors.commands import keys
 
     keys.revoke(_home(home), key)
+
+
+tenants_app = typer.Typer(
+    help="Who shares this installation. A tenant comes into being with its first key.", no_args_is_help=True
+)
+app.add_typer(tenants_app, name="tenants")
+
+
+@tenants_app.command("list")
+def list_tenants(home: HomeDir = None) -> None:
+    """List tenants, their limits and how much they keep."""
+    from actors.commands import keys
+
+    keys.list_tenants(_home(home))
+
+
+@tenants_app.command("limit")
+def limit_tenant(
+    tenant: Annotated[str, typer.Argument(help="The tenant's name.")],
+    priority: Annotated[int | None, typer.Option(help="Of its jobs; higher is served first.")] = None,
+    max_running_jobs: Annotated[int | None, typer.Option(help="Jobs at a time; -1 = any number.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Of uploaded files; -1 = any number.")] = None,
+    max_files: Annotated[int | None, typer.Option(help="Files it keeps; -1 = any number.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="-1 = as the service was started.")] = None,
+    home: HomeDir = None,
+) -> None:
+    """Set some of a tenant's limits. Stop the service first."""
+    from actors.commands import keys
+
+    limits = {
+        "priority": priority,
+        "max_running_jobs": max_running_jobs,
+        "max_bytes": max_bytes,
+        "max_files": max_files,
+        "requests_per_minute": requests_per_minute,
+    }
+    keys.limit(_home(home), tenant, limits)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import TypeVar
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from modeseek_ray.errors import WorkerError
-from modeseek_ray.jobs.launcher import LaunchStatus
+from modeseek_ray.jobs.launcher import Capacity, LaunchStatus
 
 CALL_DEADLINE_S = 20.0
 Answer = TypeVar("Answer")
@@ -82,8 +82,25 @@ class RayJobsLauncher:
         except WorkerError:
             return "unknown"
 
-    async def logs(self, submission_id: str) -> str:
-        return await self._call(lambda client: client.get_job_logs(submission_id))
+    async def logs(self, submission_id: str) -> str | None:
+        try:
+            return await self._call(lambda client: client.get_job_logs(submission_id))
+        except RuntimeError:
+            return None  # Ray was restarted and knows it no more, or keeps no log yet
+
+    async def capacity(self) -> Capacity | None:
+        """Sums over the nodes that live. An autoscaling cluster is not asked: it may grow."""
+        answer = await self._call(lambda client: client._do_request("GET", "/nodes?view=summary"))
+        nodes = answer.json()["data"]["summary"] if answer.ok else []
+        totals = [
+            raylet["resourcesTotal"]
+            for raylet in (node["raylet"] for node in nodes)
+            if raylet.get("state") == "ALIVE"
+        ]
+        if not totals:
+            return None
+        cpus, gpus = ([total.get(name, 0.0) for total in totals] for name in ("CPU", "GPU"))
+        return Capacity(sum(cpus), sum(gpus), max(cpus), max(gpus))
 
     async def _call(self, ask: Callable[[JobSubmissionClient], Answer]) -> Answer:
         def connected() -> Answer:

@@ -1,4 +1,4 @@
-"""Commands that speak to a running service: submit, follow, list, show, cancel, pause, resume."""
+"""Commands that speak to a running service: submit, follow, list, show, logs, cancel, pause, resume."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def show(url: str, api_key: str | None, job_id: str) -> None:
 def cancel(url: str, api_key: str | None, job_id: str) -> None:
     with Client(url, api_key) as client:
         Console().print(job_details(client.cancel(job_id)))
+
+
+def logs(url: str, api_key: str | None, job_id: str, attempt: int | None) -> None:
+    with Client(url, api_key) as client:
+        print(client.logs(job_id, attempt), end="")
 
 
 def pause(url: str, api_key: str | None, job_id: str) -> None:

@@ -16,6 +16,7 @@ from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.jobs.validation import ProcessValidator
 from modeseek_ray.service import ServiceSettings, create_app
+from modeseek_ray.service.deliveries import parse_networks
 from modeseek_ray.service.serve import check_exposure, listen, make_server, only_service
 
 
@@ -30,12 +31,16 @@ class ServeOptions:
     ray_cpus: int | None
     max_running_jobs: int
     roots: tuple[Path, ...]
+    pause_grace_s: float = 300.0
+    requests_per_minute: int | None = None
+    webhook_networks: tuple[str, ...] = ()
 
 
 def serve(options: ServeOptions) -> None:
     """Serve until interrupted. A port or a home in use, or missing keys, are said before Ray is started."""
     home = Home(options.home)
     console = Console(stderr=True, highlight=False)
+    parse_networks(options.webhook_networks)
     with only_service(home), listen(options.host, options.port) as listener:
         store = Store(home.store_url)
         check_exposure(store, options.host)
@@ -51,14 +56,20 @@ def serve(options: ServeOptions) -> None:
                 RayJobsLauncher(dashboard, home.root),
                 validator,
                 url=url,
-                settings=ReconcilerSettings(max_running_jobs=options.max_running_jobs),
+                settings=ReconcilerSettings(
+                    max_running_jobs=options.max_running_jobs, pause_grace_s=options.pause_grace_s
+                ),
             )
             app = create_app(
                 home,
                 store,
                 reconciler=reconciler,
                 validator=validator,
-                settings=ServiceSettings(roots=tuple(root.resolve() for root in options.roots)),
+                settings=ServiceSettings(
+                    roots=tuple(root.resolve() for root in options.roots),
+                    requests_per_minute=options.requests_per_minute,
+                    webhook_networks=options.webhook_networks,
+                ),
             )
             console.print(f"Serving at {url} (documentation: {url}/docs). Ctrl-C ends it.")
             make_server(app, options.host, options.port).run(sockets=[listener])

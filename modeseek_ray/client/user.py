@@ -26,6 +26,13 @@ TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 _STREAM_SILENCE_S = 45.0  # the service sends a sign of life every 15 s
+_PASSING = (
+    "unreachable",
+    "unavailable",
+    "idempotency_key_in_flight",
+    "rate_limited",
+    "too_many_open_requests",
+)
 _RECONNECT_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -105,7 +112,7 @@ class Client:
             try:
                 return self._json("POST", "/v1/fine_tuning/jobs", json=_body(config), headers=headers)
             except ServiceError as error:
-                if error.code not in ("unreachable", "unavailable") or time.monotonic() > deadline:
+                if error.code not in _PASSING or time.monotonic() > deadline:
                     raise
             _pause(failures)
             failures += 1
@@ -175,6 +182,11 @@ class Client:
 
     def resume(self, job_id: str) -> Json:
         return self._json("POST", f"/v1/fine_tuning/jobs/{job_id}/resume")
+
+    def logs(self, job_id: str, attempt: int | None = None) -> str:
+        """What the driver of an attempt printed; of the newest, where none is named."""
+        query = {} if attempt is None else {"attempt": attempt}
+        return self._request("GET", f"/v1/fine_tuning/jobs/{job_id}/logs", params=query).text
 
     def checkpoints(self, job_id: str) -> list[Json]:
         return list(self._pages(f"/v1/fine_tuning/jobs/{job_id}/checkpoints"))

@@ -36,6 +36,7 @@ class ReconcilerSettings:
     stop_timeout_s: float = 5.0  # for the cluster to have stopped it; then the fence alone keeps it out
     call_timeout_s: float = 20.0  # of one call of the launcher: they hang while the head is down
     leader_lease_s: float = 15.0
+    capacity_every_s: float = 15.0
 
 
 class Attendant:

@@ -40,6 +40,28 @@ class TokenError(ModeseekError):
     http_status = 401
 
 
+class QuotaError(ModeseekError):
+    """The tenant keeps as much as it may."""
+
+    code = "quota_exceeded"
+    http_status = 413
+
+
+class ScopeError(ModeseekError):
+    """The key is good, but not for this."""
+
+    code = "scope_missing"
+    http_status = 403
+
+
+class InFlightError(ModeseekError):
+    """The same request is being worked on at this moment."""
+
+    code = "idempotency_key_in_flight"
+    http_status = 409
+    retry_after_s = 1.0
+
+
 class IdempotencyError(ModeseekError):
     """One Idempotency-Key, two different bodies."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from sqlalchemy import func, insert, literal, select, tuple_, update
+from sqlalchemy import Connection, case, func, insert, literal, select, tuple_, update
 
 from modeseek_ray.jobs.database import Database
-from modeseek_ray.jobs.errors import NotFoundError
+from modeseek_ray.jobs.errors import NotFoundError, QuotaError
 from modeseek_ray.jobs.records import DEFAULT_TENANT, FileRecord, Page
-from modeseek_ray.jobs.tables import files
+from modeseek_ray.jobs.tables import files, tenants
 
 
 class FileStore:
@@ -31,8 +31,12 @@ class FileStore:
         sha256: str | None = None,
         tenant_id: str = DEFAULT_TENANT,
     ) -> FileRecord:
-        """Add a file whose bytes are complete at `path`. `owned` files are removed when deleted."""
+        """Add a file whose bytes are complete at `path`. `owned` files are removed when deleted.
+
+        Raises `QuotaError`, whatever else is added at the same moment.
+        """
         with self._database.write() as connection:
+            refuse_over_quota(connection, tenant_id, more_bytes=num_bytes if owned else 0)
             connection.execute(
                 insert(files).values(
                     id=file_id,
@@ -86,13 +90,15 @@ class FileStore:
             rows = connection.execute(query.limit(limit + 1)).all()
         return Page([FileRecord.of(row) for row in rows[:limit]], len(rows) > limit)
 
-    def total_bytes(self, tenant_id: str) -> int:
-        """Of what the tenant uploaded and has not deleted."""
-        query = select(func.coalesce(func.sum(files.c.bytes), 0)).where(
-            files.c.tenant_id == tenant_id, files.c.owned, files.c.deleted_at.is_(None)
-        )
+    def usage(self, tenant_id: str) -> tuple[int, int]:
+        """Bytes that the tenant uploaded, and how many files it keeps, registered ones included."""
         with self._database.read() as connection:
-            return int(connection.execute(query).scalar_one())
+            return _usage(connection, tenant_id)
+
+    def allowance(self, tenant_id: str) -> int | None:
+        """How many bytes may come in one more file; None = any number. Raises `QuotaError`: no file more."""
+        with self._database.read() as connection:
+            return refuse_over_quota(connection, tenant_id, more_bytes=0, lock=False)
 
     def delete(self, file_id: str, tenant_id: str | None = None) -> FileRecord:
         """Hide the file. The caller removes the bytes of an owned one afterwards."""
@@ -102,3 +108,35 @@ class FileStore:
                 update(files).where(files.c.id == file_id).values(deleted_at=self._database.clock())
             )
         return record
+
+
+def _usage(connection: Connection, tenant_id: str) -> tuple[int, int]:
+    owned_bytes = func.sum(case((files.c.owned, files.c.bytes), else_=0))
+    query = select(func.coalesce(owned_bytes, 0), func.count()).where(
+        files.c.tenant_id == tenant_id, files.c.purpose == "fine-tune", files.c.deleted_at.is_(None)
+    )
+    num_bytes, count = connection.execute(query).one()
+    return int(num_bytes), int(count)
+
+
+def refuse_over_quota(
+    connection: Connection, tenant_id: str, *, more_bytes: int, lock: bool = True
+) -> int | None:
+    """Room that is left in bytes, None without a quota. Raises `QuotaError`.
+
+    The tenant's row is locked, so that two files added at once do not pass together.
+    """
+    query = select(tenants.c.max_bytes, tenants.c.max_files).where(tenants.c.id == tenant_id)
+    limits = connection.execute(query.with_for_update() if lock else query).one()
+    used_bytes, num_files = _usage(connection, tenant_id)
+    if limits.max_files is not None and num_files >= limits.max_files:
+        raise QuotaError(
+            f"you keep {num_files} files; {limits.max_files} are allowed.", mend="Delete some first."
+        )
+    if limits.max_bytes is None:
+        return None
+    if used_bytes + more_bytes > limits.max_bytes:
+        raise QuotaError(
+            f"your files would take more than {limits.max_bytes} bytes.", mend="Delete some first."
+        )
+    return int(limits.max_bytes) - used_bytes

@@ -12,8 +12,9 @@ from sqlalchemy import Connection, insert, select, update
 
 from modeseek_ray.jobs.errors import ConflictError, IllegalTransitionError, NotFoundError
 from modeseek_ray.jobs.records import EventDraft, JobRecord
-from modeseek_ray.jobs.states import TERMINAL, is_legal
+from modeseek_ray.jobs.states import TERMINAL, is_legal, public_status
 from modeseek_ray.jobs.tables import events, jobs
+from modeseek_ray.jobs.webhook_store import announce_end
 
 
 def find_job(
@@ -87,4 +88,6 @@ def move_job(
     if swapped.rowcount != 1:
         raise ConflictError(f"job {job.id} has changed since version {job.version}.", mend="Read it again.")
     append_events(connection, job.id, [event], now)
+    if state in TERMINAL:
+        announce_end(connection, job, public_status(state, job.committed_step), now)
     return find_job(connection, job.id)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, func, insert, or_, select, update
+from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from modeseek_ray.jobs.database import Database
 from modeseek_ray.jobs.errors import IdempotencyError, IllegalTransitionError, NotFoundError
 from modeseek_ray.jobs.history import append_events, find_job, move_job
+from modeseek_ray.jobs.queue import Place, places
 from modeseek_ray.jobs.records import (
     DEFAULT_TENANT,
     CheckpointRecord,
@@ -20,11 +21,12 @@ from modeseek_ray.jobs.records import (
     Page,
     new_id,
 )
-from modeseek_ray.jobs.states import TERMINAL, TRANSITIONS
-from modeseek_ray.jobs.tables import checkpoints, events, idempotency, jobs, tenants
+from modeseek_ray.jobs.states import ATTENDED, TERMINAL, TRANSITIONS
+from modeseek_ray.jobs.tables import attempts, checkpoints, events, idempotency, jobs, tenants
 
 # Nothing runs for these, so a cancelled one needs nobody to end it.
 _UNATTENDED = frozenset({"accepted", "validating", "queued", "paused", "recovering"})
+_TYPICAL_OF = 20  # jobs whose length is taken for the typical one
 # A driver runs, or is about to: it hears of a pause with its next heartbeat.
 _RUNS = frozenset({"starting", "running", "checkpointing"})
 # On the way into the queue.
@@ -120,18 +122,30 @@ class JobStore:
             rows = connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state))
             return {state: count for state, count in rows}
 
-    def queue_position(self, job: JobRecord) -> int | None:
-        """How many queued jobs are served before this one, plus one; None when it does not wait."""
-        if job.state != "queued":
-            return None
-        before: ColumnElement[bool] = or_(
-            jobs.c.priority > job.priority, and_(jobs.c.priority == job.priority, jobs.c.number < job.number)
-        )
+    def places(self, slots: int) -> dict[str, Place]:
+        """Where each queued job stands, if `slots` jobs may run at a time."""
+        living = self.in_states("queued", *ATTENDED)
+        queue = [job for job in living if job.state == "queued"]
+        if not queue:
+            return {}
         with self._database.read() as connection:
-            ahead = connection.execute(
-                select(func.count()).where(jobs.c.state == "queued", before)
-            ).scalar_one()
-        return int(ahead) + 1
+            limits = connection.execute(select(tenants.c.id, tenants.c.max_running_jobs))
+            by_tenant: dict[str, int | None] = {row.id: row.max_running_jobs for row in limits}
+            typical_s = self._typical_s(connection)
+        attended = [job for job in living if job.state in ATTENDED]
+        return places(queue, attended, slots=slots, limits=by_tenant, typical_s=typical_s)
+
+    def _typical_s(self, connection: Connection) -> float | None:
+        """Mean time from launch to success of the last jobs' last attempts."""
+        took_s = (attempts.c.ended_at - attempts.c.created_at).label("took_s")
+        query = (
+            select(took_s)
+            .where(attempts.c.outcome == "succeeded")
+            .order_by(attempts.c.ended_at.desc())
+            .limit(_TYPICAL_OF)
+        )
+        found = list(connection.execute(query).scalars())
+        return sum(found) / len(found) if found else None
 
     def living(self) -> list[JobRecord]:
         """All jobs that have not ended."""

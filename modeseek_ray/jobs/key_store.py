@@ -71,12 +71,6 @@ class KeyStore:
                 update(keys).where(keys.c.id == key_id).values(revoked_at=self._database.clock())
             )
 
-    def quota_bytes(self, tenant_id: str) -> int | None:
-        """How much a tenant may upload; None = as much as fits."""
-        with self._database.read() as connection:
-            quota = connection.execute(select(tenants.c.max_bytes).where(tenants.c.id == tenant_id))
-            return quota.scalar_one_or_none()
-
     def verify(self, key: str) -> KeyRecord | None:
         """The record of a key that is ours and not revoked."""
         parts = key.split("_")

@@ -13,6 +13,16 @@ LaunchStatus = Literal["pending", "running", "succeeded", "failed", "stopped", "
 ENDED: frozenset[LaunchStatus] = frozenset({"succeeded", "failed", "stopped"})
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """What the whole cluster has, and its largest node: what is there, whether free or not."""
+
+    cpus: float
+    gpus: float
+    node_cpus: float
+    node_gpus: float
+
+
 class Launcher(Protocol):
     """Starts and stops the one driver process of an attempt."""
 
@@ -30,6 +40,14 @@ class Launcher(Protocol):
         ...
 
     async def status(self, submission_id: str) -> LaunchStatus: ...
+
+    async def capacity(self) -> Capacity | None:
+        """None where it is not known, or grows on demand."""
+        ...
+
+    async def logs(self, submission_id: str) -> str | None:
+        """What the driver has printed; None where nothing is kept of it."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,16 @@ import asyncio
 import json
 import logging
 import secrets
+import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
 from modeseek_ray.jobs.attendant import Attendant, ReconcilerSettings
 from modeseek_ray.jobs.errors import ConflictError, IllegalTransitionError
-from modeseek_ray.jobs.launcher import Launcher, ValidationOutcome, Validator
+from modeseek_ray.jobs.launcher import Capacity, Launcher, ValidationOutcome, Validator
 from modeseek_ray.jobs.paths import Home, write_private
+from modeseek_ray.jobs.queue import startable
 from modeseek_ray.jobs.records import EventDraft, JobRecord
 from modeseek_ray.jobs.states import ATTENDED
 from modeseek_ray.jobs.store import Store
@@ -43,7 +45,10 @@ class Reconciler:
         """Without a launcher jobs stay queued, without a validator accepted. Drivers report to `url`."""
         self._store = store
         self._home = home
+        self._launcher = launcher
         self._validator = validator
+        self._capacity: Capacity | None = None
+        self._capacity_until = 0.0
         self._url = url
         self.settings = settings or ReconcilerSettings()
         self._name = secrets.token_hex(8)
@@ -88,7 +93,7 @@ class Reconciler:
         jobs = await asyncio.to_thread(
             self._store.jobs.in_states, "accepted", "validating", "queued", "recovering", *ATTENDED
         )
-        attended = sum(job.state in ATTENDED for job in jobs)
+        begin = {job.id for job in await asyncio.to_thread(self._startable, jobs)}
         for job in jobs:
             if job.state in ("accepted", "validating"):
                 self._validate_soon(job)
@@ -103,9 +108,37 @@ class Reconciler:
                 continue
             elif job.state in ATTENDED:
                 self._start_task("watch", job, self._attendant.watch(job))
-            elif attended < self.settings.max_running_jobs:
-                attended += 1
+            elif job.id in begin:
                 await self._guarded(job, self._begin(job, self._attendant))
+
+    def _startable(self, jobs: list[JobRecord]) -> list[JobRecord]:
+        return startable(
+            [job for job in jobs if job.state == "queued" and job.desired == "run"],
+            [job for job in jobs if job.state in ATTENDED],
+            slots=self.settings.max_running_jobs,
+            limits={tenant.id: tenant.max_running_jobs for tenant in self._store.tenants.all()},
+        )
+
+    async def capacity(self) -> Capacity | None:
+        """What the cluster has, asked at most every `capacity_every_s`; None = not known."""
+        if self._launcher is None:
+            return None
+        now = time.monotonic()
+        if now >= self._capacity_until:
+            self._capacity_until = now + self.settings.capacity_every_s
+            try:
+                self._capacity = await asyncio.wait_for(self._launcher.capacity(), 5.0)
+            except Exception as error:
+                log.warning("the cluster does not say what it has: %s", error or type(error).__name__)
+                self._capacity = None
+        return self._capacity
+
+    async def logs(self, job_id: str, attempt: int) -> str | None:
+        """What an attempt's driver printed. None where there is nothing, or nobody to ask."""
+        record = await asyncio.to_thread(self._store.attempts.get, job_id, attempt)
+        if self._launcher is None or record is None or record.submission_id is None:
+            return None
+        return await asyncio.wait_for(self._launcher.logs(record.submission_id), self.settings.call_timeout_s)
 
     def _leads(self) -> bool:
         """Whether this is the one reconciler. The lease is renewed when half of it is over."""

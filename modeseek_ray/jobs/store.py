@@ -17,6 +17,8 @@ from modeseek_ray.jobs.job_store import JobStore
 from modeseek_ray.jobs.key_store import KeyStore
 from modeseek_ray.jobs.model_store import ModelStore
 from modeseek_ray.jobs.tables import checkpoints, leases
+from modeseek_ray.jobs.tenant_store import TenantStore
+from modeseek_ray.jobs.webhook_store import WebhookStore
 
 
 class Store:
@@ -37,6 +39,8 @@ class Store:
         self.files = FileStore(self.database)
         self.models = ModelStore(self.database)
         self.keys = KeyStore(self.database)
+        self.tenants = TenantStore(self.database)
+        self.webhooks = WebhookStore(self.database)
 
     def close(self) -> None:
         self.database.close()

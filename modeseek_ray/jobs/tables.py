@@ -39,6 +39,8 @@ tenants = Table(
     Column("max_running_jobs", Integer),  # None = the installation's limit alone
     Column("max_bytes", BigInteger),  # of uploaded files; None = no quota
     Column("priority", Integer, nullable=False, server_default="0"),
+    Column("max_files", Integer),  # kept at a time; None = no quota
+    Column("requests_per_minute", Integer),  # None = the installation's limit
 )
 
 keys = Table(
@@ -174,6 +176,39 @@ models = Table(
     Column("path", Text, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("deleted_at", Float),
+)
+
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant_id", String(64), ForeignKey("tenants.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("event_types", JSON, nullable=False),
+    Column("secret", Text, nullable=False),  # in clear: it signs, so a hash would not do
+    Column("old_secret", Text),  # still signs until old_secret_until
+    Column("old_secret_until", Float),
+    Column("created_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    Column("deleted_at", Float),
+    Index("webhook_endpoints_by_tenant", "tenant_id", "created_at"),
+)
+
+# The outbox: a row is written in the transaction that ends the job, and stays until it is delivered.
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("endpoint_id", String(64), ForeignKey("webhook_endpoints.id"), primary_key=True),
+    Column("event_id", String(64), primary_key=True),
+    Column("event_type", String(64), nullable=False),
+    Column("job_id", String(64), ForeignKey("jobs.id"), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("next_at", Float),  # when to try (again); None = delivered, or given up
+    Column("delivered_at", Float),
+    Column("problem", Text),  # why the last try failed
+    Index("webhook_deliveries_due", "next_at"),
 )
 
 leases = Table(

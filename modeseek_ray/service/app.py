@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 
@@ -14,8 +15,22 @@ from modeseek_ray.jobs.launcher import Validator
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler
 from modeseek_ray.jobs.store import Store
-from modeseek_ray.service import drivers, errors, events, files, jobs, models, operations, page, validations
+from modeseek_ray.service import (
+    drivers,
+    errors,
+    events,
+    files,
+    jobs,
+    logs,
+    models,
+    operations,
+    page,
+    validations,
+    webhooks,
+)
 from modeseek_ray.service.context import Service
+from modeseek_ray.service.deliveries import Deliveries
+from modeseek_ray.service.limits import Limits
 from modeseek_ray.service.metrics import Metrics
 from modeseek_ray.service.middleware import RequestIds
 from modeseek_ray.service.notify import Notifier
@@ -39,12 +54,14 @@ def create_app(
     notifier = Notifier()
     store.database.listeners.append(notifier.notify)
     metrics = Metrics(store, notifier)
+    settings = settings or ServiceSettings()
     service = Service(
         home=home,
         store=store,
-        settings=settings or ServiceSettings(),
+        settings=settings,
         notifier=notifier,
         metrics=metrics,
+        limits=Limits(partial(_per_minute, store, settings), settings.max_open_requests),
         reconciler=reconciler,
         validator=validator,
         validations=None if validator is None else validations.Validations(home, validator),
@@ -55,16 +72,17 @@ def create_app(
         _remove_drafts(home)
         if service.validations is not None:
             service.validations.resume()
-        task = None if reconciler is None else asyncio.create_task(reconciler.run())
+        tasks = [asyncio.create_task(Deliveries(store, settings.webhook_networks).run())]
+        if reconciler is not None:
+            tasks.append(asyncio.create_task(reconciler.run()))
         try:
             yield
         finally:
             if service.validations is not None:
                 await service.validations.close()
-            if task is not None:
+            for task in tasks:
                 task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     app = FastAPI(
         title="modeseek-ray",
@@ -77,9 +95,14 @@ def create_app(
     errors.install(app)
     app.add_middleware(RequestIds, metrics=metrics)
     # `events` first: its path is under a job's, and the routes of a job take what is left.
-    for module in (files, events, jobs, validations, models, drivers, operations, page):
+    for module in (files, events, jobs, logs, validations, models, webhooks, drivers, operations, page):
         app.include_router(module.router)
     return app
+
+
+def _per_minute(store: Store, settings: ServiceSettings, tenant_id: str) -> int | None:
+    own = store.tenants.get(tenant_id).requests_per_minute
+    return settings.requests_per_minute if own is None else own
 
 
 def _remove_drafts(home: Home) -> None:

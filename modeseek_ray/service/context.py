@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -11,13 +11,14 @@ from urllib.parse import urlsplit
 from fastapi import Depends, Header, Request
 
 from modeseek_ray.errors import ModelError
-from modeseek_ray.jobs.errors import TokenError
-from modeseek_ray.jobs.launcher import Validator
+from modeseek_ray.jobs.errors import ScopeError, TokenError
+from modeseek_ray.jobs.launcher import Capacity, Validator
 from modeseek_ray.jobs.models import resolve_model
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler
 from modeseek_ray.jobs.records import DEFAULT_TENANT
 from modeseek_ray.jobs.store import Store
+from modeseek_ray.service.limits import Limits
 from modeseek_ray.service.metrics import Metrics
 from modeseek_ray.service.notify import Notifier
 from modeseek_ray.service.settings import ServiceSettings
@@ -35,9 +36,20 @@ class Service:
     settings: ServiceSettings
     notifier: Notifier
     metrics: Metrics
+    limits: Limits
     reconciler: Reconciler | None = None
     validator: Validator | None = None
     validations: Validations | None = None
+    in_flight: set[tuple[str, str]] = field(default_factory=set)  # (tenant, Idempotency-Key)
+
+    @property
+    def slots(self) -> int:
+        """How many jobs run at a time."""
+        return 1 if self.reconciler is None else self.reconciler.settings.max_running_jobs
+
+    async def capacity(self) -> Capacity | None:
+        """What the cluster has; None where that is not known."""
+        return None if self.reconciler is None else await self.reconciler.capacity()
 
     def wake(self) -> None:
         """Have the reconciler look now."""
@@ -88,7 +100,7 @@ def get_caller(
     """The tenant of the key. Where no key exists, this machine's own programs need none."""
     if not service.store.keys.any_active():
         _check_local(request)
-        return Caller(DEFAULT_TENANT)
+        return _let_in(request, service, DEFAULT_TENANT)
     scheme, _, key = (authorization or "").partition(" ")
     record = service.store.keys.verify(key.strip()) if scheme.lower() == "bearer" else None
     if record is None:
@@ -102,7 +114,17 @@ def get_caller(
             mend="Leave OpenAI-Organization away, or name the key's own.",
             code="mismatched_organization",
         )
-    return Caller(record.tenant_id)
+    if request.method not in ("GET", "HEAD") and "all" not in record.scopes:
+        raise ScopeError(
+            f"the key may {', '.join(record.scopes)} only.", mend="Use a key with the scope `all`."
+        )
+    return _let_in(request, service, record.tenant_id)
+
+
+def _let_in(request: Request, service: Service, tenant_id: str) -> Caller:
+    """Count the request against the tenant's limits; the middleware says when it has ended."""
+    request.state.on_end.append(service.limits.enter(tenant_id))
+    return Caller(tenant_id)
 
 
 CallerDep = Annotated[Caller, Depends(get_caller)]

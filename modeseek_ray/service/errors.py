@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -42,6 +43,8 @@ ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
         403: "Not allowed.",
         404: "There is no such thing, or it is another tenant's.",
         413: "The body is larger than the limit.",
+        409: "A request with the same Idempotency-Key is being worked on.",
+        429: "Too many requests of this tenant; `Retry-After` says when to try again.",
         422: "A parameter of the query or path is malformed.",
         503: "The service cannot store anything at the moment; try again.",
     }.items()
@@ -53,7 +56,7 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-_RETRY_AFTER_S = "2"
+_RETRY_AFTER_S = 2.0
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -84,10 +87,13 @@ def error_response(error: ModeseekError, status: int | None = None) -> JSONRespo
         code=error.code,
         mend=error.mend or None,
     )
-    # OpenAI's clients repeat 409 by themselves; none of ours is worth repeating.
-    headers = {"x-should-retry": "false"} if status == 409 else {}
-    if status == 503:
-        headers["Retry-After"] = _RETRY_AFTER_S
+    # OpenAI's clients repeat 409 by themselves; of ours one is worth repeating.
+    retry_after_s = getattr(error, "retry_after_s", _RETRY_AFTER_S if status == 503 else None)
+    headers = {"x-should-retry": "false"} if status == 409 and retry_after_s is None else {}
+    if status == 413:
+        headers["Connection"] = "close"  # or the rest of the body would be read, to no end
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(retry_after_s))
     body = ErrorBody(error=detail).model_dump(mode="json")
     return JSONResponse(body, status_code=status, headers=headers)
 

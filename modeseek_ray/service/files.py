@@ -14,11 +14,11 @@ from fastapi.responses import FileResponse
 from pydantic import ValidationError
 
 from modeseek_ray.config import config_error
-from modeseek_ray.jobs.errors import NotFoundError
+from modeseek_ray.jobs.errors import NotFoundError, QuotaError
 from modeseek_ray.jobs.records import new_id
 from modeseek_ray.service.body import read_json
 from modeseek_ray.service.context import Caller, CallerDep, Service, ServiceDep
-from modeseek_ray.service.errors import ERROR_RESPONSES, RequestError, TooLargeError
+from modeseek_ray.service.errors import ERROR_RESPONSES, RequestError
 from modeseek_ray.service.upload import Upload, receive_upload
 from modeseek_ray.service.wire import Deleted, FileObject, Page, Registration, file_object
 
@@ -116,7 +116,8 @@ def delete_file(file_id: str, service: ServiceDep, caller: CallerDep) -> Deleted
 async def _upload(request: Request, service: Service, caller: Caller) -> FileObject:
     file_id = new_id("file")
     draft = service.home.files / f".{file_id}.upload"
-    upload = await receive_upload(request, draft, service.settings.max_upload_bytes)
+    limit, over = await run_in_threadpool(_allowance, service, caller)
+    upload = await receive_upload(request, draft, limit, over)
     try:
         return await run_in_threadpool(_store_upload, service, caller, file_id, upload)
     finally:
@@ -137,26 +138,32 @@ def _store_upload(service: Service, caller: Caller, file_id: str, upload: Upload
         raise RequestError(
             "the file is empty.", param="file", mend="Send a file with rows.", code="empty_file"
         )
-    quota = service.store.keys.quota_bytes(caller.tenant_id)
-    if quota is not None and service.store.files.total_bytes(caller.tenant_id) + upload.num_bytes > quota:
-        raise TooLargeError(
-            f"your files would take more than {quota} bytes.",
-            mend="Delete some first.",
-            code="quota_exceeded",
-        )
     target = service.home.file(file_id)
     upload.keep_as(target)
-    record = service.store.files.add(
-        file_id,
-        upload.filename,
-        purpose,
-        target,
-        num_bytes=upload.num_bytes,
-        owned=True,
-        sha256=upload.sha256,
-        tenant_id=caller.tenant_id,
-    )
+    try:
+        record = service.store.files.add(
+            file_id,
+            upload.filename,
+            purpose,
+            target,
+            num_bytes=upload.num_bytes,
+            owned=True,
+            sha256=upload.sha256,
+            tenant_id=caller.tenant_id,
+        )
+    except QuotaError:  # others have uploaded meanwhile
+        target.unlink(missing_ok=True)
+        raise
     return file_object(record)
+
+
+def _allowance(service: Service, caller: Caller) -> tuple[int, QuotaError | None]:
+    """How many bytes the caller may send now, and what to say of more where its quota is what binds."""
+    room = service.store.files.allowance(caller.tenant_id)
+    limit = service.settings.max_upload_bytes
+    if room is None or room >= limit:
+        return limit, None
+    return room, QuotaError(f"your quota has room for {room} bytes.", mend="Delete some files first.")
 
 
 def _register(service: Service, caller: Caller, registration: Registration) -> FileObject:

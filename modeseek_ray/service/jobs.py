@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +19,8 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from modeseek_ray.client import finite
 from modeseek_ray.config import JobConfig
 from modeseek_ray.errors import ModeseekError
-from modeseek_ray.jobs.errors import NotFoundError
+from modeseek_ray.jobs.errors import InFlightError, NotFoundError
+from modeseek_ray.jobs.launcher import Capacity
 from modeseek_ray.jobs.look import ROWS, LookRequest
 from modeseek_ray.jobs.records import JobRecord, new_id
 from modeseek_ray.jobs.spec import JobSpec
@@ -59,7 +62,9 @@ async def create_job(
 ) -> JobObject:
     """Create a job. It is stored before this answers; the same Idempotency-Key never makes two."""
     body = await read_json(request, service.settings.max_body_bytes)
-    return await run_in_threadpool(_create, service, caller, body, idempotency_key)
+    capacity = await service.capacity()
+    with _sole(service, caller, idempotency_key):
+        return await run_in_threadpool(_create, service, caller, body, idempotency_key, capacity)
 
 
 @router.post("/validate", openapi_extra=_JOB_BODY)
@@ -87,7 +92,7 @@ async def validate_job(
         if score and service.validations is not None:
             service.validations.refuse_crowds(caller.tenant_id)
         look = LookRequest.of(preset or [], rows)
-        checked = await run_in_threadpool(check, service, caller, body)
+        checked = await run_in_threadpool(check, service, caller, body, await service.capacity())
         if service.validator is None:
             return Validation(valid=True)
         await run_in_threadpool(checked.spec(service, job_id).write, service.home.config(job_id))
@@ -121,11 +126,10 @@ def list_jobs(
     page = service.store.jobs.page(
         tenant_id=caller.tenant_id, after=after, limit=limit, metadata=_metadata_filter(request)
     )
-    queued = service.store.jobs.in_states("queued")
-    positions = {job.id: i for i, job in enumerate(queued, start=1)}
+    places = service.store.jobs.places(service.slots)
     now = service.store.database.clock()
     return Page(
-        data=[job_object(job, positions.get(job.id), now) for job in page.data],
+        data=[job_object(job, places.get(job.id), now) for job in page.data],
         has_more=page.has_more,
         first_id=page.data[0].id if page.data else None,
         last_id=page.data[-1].id if page.data else None,
@@ -228,20 +232,42 @@ def job_report(job_id: str, service: ServiceDep, caller: CallerDep) -> FileRespo
     return FileResponse(path, media_type="text/html; charset=utf-8")
 
 
-def _create(service: Service, caller: Caller, body: Any, key: str | None) -> JobObject:
+@contextmanager
+def _sole(service: Service, caller: Caller, key: str | None) -> Iterator[None]:
+    """Of two requests with one key at the same time the later is told to come again.
+
+    For the user's sake: that they make one job is the store's business, also across services.
+    """
+    mark = (caller.tenant_id, key or "")
+    if key is None:
+        yield
+        return
+    if mark in service.in_flight:
+        raise InFlightError("a request with this Idempotency-Key is being worked on.", mend="Try again.")
+    service.in_flight.add(mark)
+    try:
+        yield
+    finally:
+        service.in_flight.discard(mark)
+
+
+def _create(
+    service: Service, caller: Caller, body: Any, key: str | None, capacity: Capacity | None
+) -> JobObject:
     canonical = json.dumps(body, sort_keys=True, ensure_ascii=True).encode()
     body_sha256 = hashlib.sha256(canonical).hexdigest()
     if key is not None:
         known = service.store.jobs.find_idempotent(caller.tenant_id, key, body_sha256)
         if known is not None:
             return _shown(service, known)
-    checked = check(service, caller, body)
+    checked = check(service, caller, body, capacity)
     job = accept(service, caller, body, checked, idempotency_key=key, body_sha256=body_sha256)
     return _shown(service, job)
 
 
 def _shown(service: Service, job: JobRecord) -> JobObject:
-    return job_object(job, service.store.jobs.queue_position(job), service.store.database.clock())
+    places = service.store.jobs.places(service.slots) if job.state == "queued" else {}
+    return job_object(job, places.get(job.id), service.store.database.clock())
 
 
 def _metadata_filter(request: Request) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,7 +25,8 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         request_id = f"req_{secrets.token_hex(12)}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        on_end: list[Callable[[], None]] = []
+        scope.setdefault("state", {}).update(request_id=request_id, on_end=on_end)
         started = time.perf_counter()
         status = 500
 
@@ -44,6 +46,8 @@ class RequestIds:
         try:
             await app(scope, receive, send_with_id)
         finally:
+            for end in on_end:
+                end()
             route = getattr(scope.get("route"), "path", "none")
             labels = (scope["method"], route, str(status))
             self._metrics.request_seconds.labels(*labels).observe(time.perf_counter() - started)

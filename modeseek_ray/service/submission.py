@@ -16,6 +16,9 @@ from modeseek_ray.errors import ConfigError
 from modeseek_ray.jobs.errors import NotFoundError
 from modeseek_ray.jobs.integrations import check_integrations
 from modeseek_ray.jobs.job_store import new_job_id
+from modeseek_ray.jobs.launcher import Capacity
+from modeseek_ray.jobs.models import ModelInfo
+from modeseek_ray.jobs.plan import Plan, plan
 from modeseek_ray.jobs.records import FileRecord, JobRecord
 from modeseek_ray.jobs.spec import FILE_ROLES, JobSpec
 from modeseek_ray.service.context import Caller, Service
@@ -44,7 +47,7 @@ class Checked:
         )
 
 
-def check(service: Service, caller: Caller, body: Any) -> Checked:
+def check(service: Service, caller: Caller, body: Any, capacity: Capacity | None = None) -> Checked:
     """Raises the first problem as a `ModeseekError` that names the field, or the file and line."""
     config = parse_config(body)
     check_integrations(config)
@@ -58,8 +61,34 @@ def check(service: Service, caller: Caller, body: Any) -> Checked:
     behavior_path = None
     if behavior is not None:
         behavior_path = service.resolve_model(behavior, caller.tenant_id, "behavior_model")
+    if capacity is not None:
+        refuse_what_never_fits(plan(config, ModelInfo.read(model_path)), capacity)
     _check_rows(service, files, asks=config.rollout is not None)
     return Checked(config, files, model_path, behavior_path)
+
+
+def refuse_what_never_fits(wanted: Plan, capacity: Capacity) -> None:
+    """Raises `ConfigError` for a job that would wait for ever, with what it needs and what there is."""
+    for name, needed, there in (
+        ("CPUs", wanted.cpus, capacity.cpus),
+        ("GPUs", wanted.gpus, capacity.gpus),
+    ):
+        if needed > there:
+            raise ConfigError(
+                f"the job needs {needed:g} {name} at a time, the whole cluster has {there:g}.",
+                param="resources",
+                mend="Ask for fewer workers, or for less per worker; or have nodes added.",
+                code="does_not_fit",
+            )
+    for process in wanted.processes:
+        if process.cpus_each > capacity.node_cpus or process.gpus_each > capacity.node_gpus:
+            raise ConfigError(
+                f"one {process.role} needs {process.cpus_each:g} CPUs and {process.gpus_each:g} GPUs on one"
+                f" node; the largest has {capacity.node_cpus:g} and {capacity.node_gpus:g}.",
+                param="resources",
+                mend="Ask for less per worker.",
+                code="does_not_fit",
+            )
 
 
 def accept(

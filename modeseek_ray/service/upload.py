@@ -14,6 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from modeseek_ray.errors import ModeseekError
 from modeseek_ray.jobs.paths import sync_directory
 from modeseek_ray.service.errors import RequestError, TooLargeError
 
@@ -41,9 +42,10 @@ class Upload:
 class _Form:
     """Collects a form's parts from the parser's callbacks. File bytes go to `draft`."""
 
-    def __init__(self, draft: Path, limit: int) -> None:
+    def __init__(self, draft: Path, limit: int, over: ModeseekError) -> None:
         self.upload = Upload(draft)
         self._limit = limit
+        self._over = over
         self._digest = hashlib.sha256()
         self._file = draft.open("wb")
         self._headers: dict[str, bytes] = {}
@@ -117,7 +119,7 @@ class _Form:
             self._buffer += data[start:end]
             self.upload.num_bytes += end - start
             if self.upload.num_bytes > self._limit:
-                raise _too_large(self._limit)
+                raise self._over
             return
         self._value += data[start:end]
         if len(self._value) > _MAX_FIELD_BYTES:
@@ -131,22 +133,25 @@ class _Form:
         self.has_ended = True
 
 
-async def receive_upload(request: Request, draft: Path, limit: int) -> Upload:
+async def receive_upload(
+    request: Request, draft: Path, limit: int, over: ModeseekError | None = None
+) -> Upload:
     """Read a form with one part called `file`. Nothing is left at `draft` when this raises.
 
-    Raises `TooLargeError` as soon as the file is over `limit` bytes, and `RequestError`.
+    Raises `over` as soon as the file is over `limit` bytes, and `RequestError`.
     """
+    over = over or _too_large(limit)
     if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         raise RequestError(
             "compressed bodies are not accepted.", mend="Send it as it is.", code="invalid_encoding"
         )
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > limit + _OVERHEAD_BYTES:
-        raise _too_large(limit)
+        raise over
     _, options = parse_options_header(request.headers.get("content-type", ""))
     if b"boundary" not in options:
         raise RequestError("the form has no boundary.", mend="Send multipart/form-data.", code="invalid_form")
-    form = _Form(draft, limit)
+    form = _Form(draft, limit, over)
     try:
         parser = MultipartParser(options[b"boundary"], form.callbacks())  # type: ignore[arg-type]
         async for chunk in request.stream():

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from modeseek_ray.config import parse_config
+from modeseek_ray.jobs.queue import Place
 from modeseek_ray.jobs.records import CheckpointRecord, EventRecord, FileRecord, JobRecord
 from modeseek_ray.strict import Strict
 
@@ -96,6 +97,7 @@ class JobObject(BaseModel):
     progress: Progress
     attempt: int
     queue_position: int | None
+    estimated_start: int | None
     last_checkpoint_step: int | None
 
 
@@ -170,8 +172,8 @@ def file_object(record: FileRecord) -> FileObject:
     )
 
 
-def job_object(job: JobRecord, queue_position: int | None, now: float) -> JobObject:
-    """The job as users see it; what was left to "auto" shows the value it became."""
+def job_object(job: JobRecord, place: Place | None, now: float) -> JobObject:
+    """The job as users see it; what was left to "auto" shows the value it became. `place`: in the queue."""
     config = parse_config(job.config)
     picked = dict(job.hyperparameters or {})
     training = config.training
@@ -215,7 +217,8 @@ def job_object(job: JobRecord, queue_position: int | None, now: float) -> JobObj
             eta_s=job.eta_s if runs else None,
         ),
         attempt=job.attempt,
-        queue_position=queue_position,
+        queue_position=None if place is None else place.position,
+        estimated_start=None if place is None else int(now + place.starts_in_s),
         last_checkpoint_step=job.committed_step,
     )
 

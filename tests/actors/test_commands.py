@@ -15,7 +15,8 @@ from modeseek_ray.errors import ConfigError, DataError, ModeseekError
 from modeseek_ray.weights import PRESETS
 
 COMMANDS = (
-    "serve submit follow list show cancel pause resume check run report doctor playground presets keys demo"
+    "serve submit follow list show logs cancel pause resume check run report doctor playground presets"
+    " keys tenants demo"
 ).split()
 
 

@@ -11,7 +11,7 @@ import openai
 import psutil
 import pytest
 
-STEPS = 24
+STEPS = 60
 
 
 @pytest.mark.slow
@@ -19,12 +19,13 @@ def test_a_paused_job_frees_its_workers_and_resumes_exactly(
     service: Any, tiny_moe: Path, tmp_path: Path
 ) -> None:
     client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none")
-    rows = [{"prompt": f"say {i} ", "completion": f"{i} " * 3} for i in range(64)]
+    # Long enough for a pause to be heard of in the middle: drivers ask every two seconds.
+    rows = [{"prompt": f"say {i} ", "completion": f"{i} " * 75} for i in range(96)]
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = client_model(service, tiny_moe)
     file = client.files.create(file=data, purpose="fine-tune").id
-    training = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 1000}
+    training = {"epochs": 10, "batch_size": 16, "learning_rate": 1e-3, "checkpoint_every": 1000}
     method: Any = {"type": "weighted", "weighted": {"preset": "mode_seeking", "training": training}}
 
     def submit() -> str:

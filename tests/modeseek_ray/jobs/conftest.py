@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from modeseek_ray.jobs.driver_store import Bearer
-from modeseek_ray.jobs.launcher import LaunchStatus, ValidationOutcome
+from modeseek_ray.jobs.launcher import Capacity, LaunchStatus, ValidationOutcome
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.records import EventDraft, JobRecord
 from modeseek_ray.jobs.store import Store
@@ -35,6 +35,7 @@ class FakeLauncher:
     launched: list[tuple[str, int, Path]] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     statuses: dict[str, LaunchStatus] = field(default_factory=dict)
+    has: Capacity | None = None
     obeys_stop: bool = True
     refusal: Exception | None = None  # what it raises instead of an answer
 
@@ -55,6 +56,12 @@ class FakeLauncher:
         if self.refusal is not None:
             raise self.refusal
         return self.statuses.get(submission_id, "unknown")
+
+    async def capacity(self) -> Capacity | None:
+        return self.has
+
+    async def logs(self, submission_id: str) -> str | None:
+        return f"what {submission_id} printed\n" if submission_id in self.statuses else None
 
 
 @dataclass

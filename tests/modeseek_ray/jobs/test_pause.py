@@ -55,7 +55,8 @@ def test_a_running_job_pauses_when_its_driver_says_so_and_resumes_in_its_old_pla
     later = helpers.queue(store, "ftjob-later")
     resumed = store.jobs.resume(job.id)
     assert (resumed.state, resumed.desired) == ("queued", "run")
-    assert [store.jobs.queue_position(j) for j in (resumed, later)] == [1, 2]
+    places = store.jobs.places(slots=1)
+    assert [places[j.id].position for j in (resumed, later)] == [1, 2]
     again = store.attempts.begin(resumed, "second")
     assert (again.attempt, store.newest_checkpoints(job.id)) == (2, ["/c/4"])
 

@@ -266,9 +266,10 @@ def test_cancel_of_a_running_job_asks_its_driver(store: Store, helpers: Any) -> 
 
 def test_queue_positions_follow_acceptance(store: Store, helpers: Any) -> None:
     queued = [helpers.queue(store, f"ftjob-{i}") for i in range(3)]
-    assert [store.jobs.queue_position(job) for job in queued] == [1, 2, 3]
+    places = store.jobs.places(slots=1)
+    assert [places[job.id].position for job in queued] == [1, 2, 3]
     store.jobs.cancel(queued[0].id)
-    assert store.jobs.queue_position(queued[2]) == 2
+    assert store.jobs.places(slots=1)[queued[2].id].position == 2
 
 
 def test_pages_meet_without_overlap(store: Store, helpers: Any) -> None:

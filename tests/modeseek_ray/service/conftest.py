@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from modeseek_ray.client import AttemptClient, Client
-from modeseek_ray.jobs.launcher import LaunchStatus, ValidationOutcome
+from modeseek_ray.jobs.launcher import Capacity, LaunchStatus, ValidationOutcome
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
 from modeseek_ray.jobs.store import Store
@@ -33,6 +33,7 @@ class FakeLauncher:
 
     secrets: dict[str, dict[str, Any]] = field(default_factory=dict)
     statuses: dict[str, LaunchStatus] = field(default_factory=dict)
+    has: Capacity | None = None
 
     async def launch(self, job_id: str, attempt: int, secret_path: Path) -> str:
         self.secrets[job_id] = json.loads(secret_path.read_text())
@@ -44,6 +45,12 @@ class FakeLauncher:
 
     async def status(self, submission_id: str) -> LaunchStatus:
         return self.statuses.get(submission_id, "unknown")
+
+    async def capacity(self) -> Capacity | None:
+        return self.has
+
+    async def logs(self, submission_id: str) -> str | None:
+        return f"what {submission_id} printed\n" if submission_id in self.statuses else None
 
 
 @dataclass
@@ -64,6 +71,7 @@ class Running:
     launcher: FakeLauncher
     validator: FakeValidator
     model: Path
+    reconciler: Reconciler
 
     def http(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, trust_env=False, timeout=20, **options)
@@ -149,7 +157,7 @@ def serving(
         thread.start()
         try:
             wait_for(lambda: server.started)
-            yield Running(url, home, store, launcher, validator, model)
+            yield Running(url, home, store, launcher, validator, model, reconciler)
         finally:
             server.should_exit = True
             thread.join(timeout=20)

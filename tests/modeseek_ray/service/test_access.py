@@ -33,6 +33,15 @@ USER_ROUTES = [
     ("GET", "/v1/fine_tuning/jobs/{job}/checkpoints"),
     ("GET", "/v1/fine_tuning/jobs/{job}/weights"),
     ("GET", "/v1/fine_tuning/jobs/{job}/report"),
+    ("GET", "/v1/fine_tuning/jobs/{job}/logs"),
+    ("GET", "/v1/webhook_endpoints"),
+    ("POST", "/v1/webhook_endpoints"),
+    ("GET", "/v1/webhook_endpoints/{hook}"),
+    ("POST", "/v1/webhook_endpoints/{hook}"),
+    ("DELETE", "/v1/webhook_endpoints/{hook}"),
+    ("POST", "/v1/webhook_endpoints/{hook}/rotate_secret"),
+    ("POST", "/v1/webhook_endpoints/{hook}/test"),
+    ("GET", "/v1/webhook_event_types"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/x"),
     ("DELETE", "/v1/models/x"),
@@ -49,6 +58,7 @@ def test_the_list_of_routes_is_complete(service: Any) -> None:
         "{file}": "{file_id}",
         "{job}": "{job_id}",
         "{check}": "{validation_id}",
+        "{hook}": "{endpoint_id}",
         "/models/x": "/models/{name}",
     }
     listed = set()
@@ -64,9 +74,10 @@ def test_with_keys_every_route_needs_one(start_service: Any) -> None:
     file_id, job_id = service.upload(), service.submit()
     key, record = service.store.keys.create("mine")
     other, _ = service.store.keys.create("theirs", tenant_id="other")
+    hook = service.store.webhooks.create("default", "mine", "https://x.org", ["fine_tuning.job.failed"]).id
     with service.http() as http:
         for method, template in USER_ROUTES:
-            path = template.format(file=file_id, job=job_id, check="check-1")
+            path = template.format(file=file_id, job=job_id, check="check-1", hook=hook)
             for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": f"Basic {key}"}):
                 answer = http.request(method, path, headers=headers)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
@@ -80,6 +91,17 @@ def test_with_keys_every_route_needs_one(start_service: Any) -> None:
     service.store.keys.revoke(record.id)
     with pytest.raises(openai.AuthenticationError):
         service.openai(key).models.list()
+
+
+def test_a_key_that_may_only_look_changes_nothing(start_service: Any) -> None:
+    service = start_service()
+    job_id = service.submit()
+    key, _ = service.store.keys.create("looks", scopes=("read",))
+    client = service.openai(key)
+    assert client.fine_tuning.jobs.retrieve(job_id).id == job_id
+    with pytest.raises(openai.PermissionDeniedError) as refused:
+        client.fine_tuning.jobs.cancel(job_id)
+    assert refused.value.code == "scope_missing"
 
 
 @pytest.mark.parametrize(

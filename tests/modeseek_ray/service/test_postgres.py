@@ -22,10 +22,8 @@ def test_two_services_make_one_job_per_key_start_it_once_and_stream_each_others_
     keys = [f"key-{i % 6}" for i in range(24)]
 
     def send(i: int) -> tuple[str, str]:
-        with pair[i % 2].http() as http:
-            answer = http.post("/v1/fine_tuning/jobs", json=body, headers={"Idempotency-Key": keys[i]})
-        assert answer.status_code == 200, answer.text
-        return keys[i], answer.json()["id"]
+        with pair[i % 2].client() as client:
+            return keys[i], client.submit(body, idempotency_key=keys[i])["id"]
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(send, range(24)))

@@ -85,8 +85,13 @@ def test_many_submitters_with_repeats_make_one_job_per_key(service: Any) -> None
 
     def send(key: str) -> tuple[str, str, int]:
         with service.http() as http:
-            answer = http.post("/v1/fine_tuning/jobs", json=body, headers={"Idempotency-Key": key})
-        return key, answer.json().get("id"), answer.status_code
+            while True:
+                answer = http.post("/v1/fine_tuning/jobs", json=body, headers={"Idempotency-Key": key})
+                if answer.status_code != 409:
+                    return key, answer.json().get("id"), answer.status_code
+                assert answer.json()["error"]["code"] == "idempotency_key_in_flight"
+                assert (answer.headers["retry-after"], "x-should-retry" in answer.headers) == ("1", False)
+                time.sleep(0.05)
 
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(send, keys))
@@ -110,6 +115,34 @@ def test_a_key_with_another_body_is_refused(service: Any) -> None:
         assert (caught.value.http_status, caught.value.code) == (400, "idempotency_key_reused")
         assert "new key" in caught.value.mend
         client.cancel(job["id"])
+
+
+def test_a_key_in_flight_is_409_and_then_answers_with_the_one_job(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modeseek_ray.service import jobs
+
+    body, headers = service.body(), {"Idempotency-Key": "slow"}
+    entered, release = threading.Event(), threading.Event()
+    check = jobs.check
+
+    def slow(*arguments: Any) -> Any:
+        entered.set()
+        assert release.wait(20)
+        return check(*arguments)
+
+    monkeypatch.setattr(jobs, "check", slow)
+    with ThreadPoolExecutor(1) as pool, service.http() as http:
+        first = pool.submit(http.post, "/v1/fine_tuning/jobs", json=body, headers=headers)
+        assert entered.wait(20)
+        with service.http() as other:
+            second = other.post("/v1/fine_tuning/jobs", json=body, headers=headers)
+        assert (second.status_code, second.json()["error"]["code"]) == (409, "idempotency_key_in_flight")
+        release.set()
+        made = first.result().json()
+        again = http.post("/v1/fine_tuning/jobs", json=body, headers=headers)
+        assert (again.status_code, again.json()["id"]) == (200, made["id"])
+        http.post(f"/v1/fine_tuning/jobs/{made['id']}/cancel")
 
 
 def test_a_full_disk_answers_503_and_changes_nothing(start_service: Any) -> None:
