@@ -44,7 +44,7 @@ _REFUSED = {
     "NllbMoeTop2Router": "drops tokens over an expert's capacity",
 }
 # Chosen from the token alone, by a fixed table: the same in every engine, nothing to replay.
-_FIXED = {"DeepseekV4HashRouter"}
+FIXED = {"DeepseekV4HashRouter"}
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)(?=\.)")
 
@@ -158,7 +158,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 def _refuse_unrouted_experts(model: nn.Module, modules: dict[str, nn.Module], routers: list[Router]) -> None:
     """Every set of experts must have its router in the same decoder layer; one without would run live, unseen."""
     routed = {id(router.layer) for router in routers}
-    fixed = [name for name, module in modules.items() if type(module).__name__ in _FIXED]
+    fixed = [name for name, module in modules.items() if type(module).__name__ in FIXED]
     for name in modules:
         layer = _LAYER.search(name)
         if layer is None or not name.endswith(".experts"):

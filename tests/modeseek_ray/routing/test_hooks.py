@@ -78,8 +78,9 @@ def test_rows_of_minus_one_choose_for_themselves(model: Any) -> None:
 
     assert (taken.routes[0] == own[0]).all()
     assert (taken.routes[1, :, 0] == routes[1, :, 0]).all()
-    assert torch.equal(mixed[0], model(ids).logits[0])
-    assert not torch.equal(mixed[1], model(ids).logits[1])
+    # the experts' products run over other sets of rows: equal but for rounding
+    assert (mixed[0] - model(ids).logits[0]).abs().max() < 1e-6
+    assert (mixed[1] - model(ids).logits[1]).abs().max() > 1e-4
 
 
 def test_positions_are_not_mixed_up(model: Any) -> None:
@@ -91,7 +92,7 @@ def test_positions_are_not_mixed_up(model: Any) -> None:
 
     with replay_routes(model, routes):
         changed = model(ids).logits
-    differs = (changed != model(ids).logits).any(-1)
+    differs = ((changed - model(ids).logits).abs() > 1e-6).any(-1)
 
     assert not differs[0].any() and not differs[2].any()
     assert differs[1].tolist() == [False, False, False, True, True]
