@@ -17,8 +17,13 @@ import numpy as np
 
 from actors.checkpoint import CheckpointStore
 from actors.driver import Driver, Outcome, Plan
+from actors.generator import GeneratorSpec
+from actors.generator_pool import GeneratorPool
 from actors.journal import ResultJournal
 from actors.pools import TrainerPool
+from actors.reward_model import ClassifierPool, RewardModelSpec
+from actors.roles import Source
+from actors.scorers import ScorerPool
 from actors.scoring import ScoringSpec, score_dataset
 from actors.sources import DatasetSource, probe_groups
 from actors.trainer import TrainerSpec
@@ -31,9 +36,10 @@ from modeseek_ray.data.rows import Role
 from modeseek_ray.data.tokenizer import ChatTokenizer
 from modeseek_ray.errors import ConfigError, ModeseekError, NumericsError
 from modeseek_ray.jobs.models import ModelInfo
-from modeseek_ray.objectives.parameters import factor_parameters
+from modeseek_ray.objectives.parameters import Mis, Tis, factor_parameters
 from modeseek_ray.reports.results import JobRecord, write_job
-from modeseek_ray.types import FloatArray, Group, Objective, Sample
+from modeseek_ray.rewards.endpoints import Endpoint
+from modeseek_ray.types import FloatArray, Mismatch, Objective, RatioClip, Sample
 from modeseek_ray.weights import needs
 
 SCORING_DEADLINE_S = 6 * 3600.0
@@ -50,7 +56,25 @@ class Placement(Protocol):
 
     def put(self, block: Any) -> Any: ...
 
+    async def reserve(
+        self,
+        *,
+        trainers: int,
+        generators: int = 0,
+        generator: GeneratorSpec | None = None,
+        scorers: int = 0,
+        classifiers: Sequence[RewardModelSpec] = (),
+    ) -> None:
+        """Room for all of a job's workers at once, before the first of them starts."""
+        ...
+
     async def trainers(self, spec: TrainerSpec, count: int) -> TrainerPool: ...
+
+    async def generators(self, spec: GeneratorSpec, count: int) -> GeneratorPool: ...
+
+    async def scorers(self, spec: ScoringSpec, count: int) -> ScorerPool: ...
+
+    async def classifiers(self, specs: Sequence[RewardModelSpec], count: int) -> ClassifierPool: ...
 
     async def close(self) -> None: ...
 
@@ -67,6 +91,7 @@ class AttemptSpec:
     directory: Path  # the job's: checkpoints/, results/, model/
     cache: Path  # shared by jobs: reference scores
     behavior_model_path: Path | None = None
+    endpoints: tuple[Endpoint, ...] = ()  # judges that graders may ask
     # The newest checkpoint that a store has committed (None = none yet). FROM_DISK: no store keeps
     # this job's history, so a checkpoint that is complete on disk is committed.
     committed: Path | None = FROM_DISK
@@ -91,6 +116,15 @@ class JobData:
     probes: Mapping[str, list[Sample]]
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A model on disk, and how likely some samples were under the weights it was written from."""
+
+    samples: list[Sample]
+    log_prob_N: FloatArray
+    sha256: str
+
+
 class Attempt:
     """Runs an `AttemptSpec` once."""
 
@@ -100,6 +134,7 @@ class Attempt:
         self._placement = placement
         self._journal = journal
         self._model = ModelInfo.read(spec.model_path)
+        self._objective = objective_of(spec.config)
         self._job_record = JobRecord(
             id=spec.job_id,
             name=spec.config.suffix or spec.job_id,
@@ -122,36 +157,62 @@ class Attempt:
         training = await self._resolve(data.dataset)
         dataset = await self._score(data.dataset)
         cursor = self._cursor(dataset, training)
-        plan = Plan(
-            weighting=self._config.weighting,
-            training=training,
-            total_steps=cursor.num_steps,
-            attempt=self._spec.attempt,
-        )
-        self._record("running", picked=asdict(training), total_steps=plan.total_steps)
+        plan = self._plan(training, cursor.num_steps)
         trainer = await self._placement.trainers(self._trainer_spec(), self._config.resources.trainers)
         try:
-            facts = await trainer.setup()
-            await self._journal.message("Trainers are ready.", **facts)
-            probes = {name: probe_groups(rows, self._placement.put) for name, rows in data.probes.items()}
-            checkpoints = CheckpointStore(self._spec.directory / "checkpoints", training.keep_checkpoints)
-            if self._spec.committed is not FROM_DISK:
-                checkpoints.forget_uncommitted(self._spec.committed)
-            latest = checkpoints.latest()
-            self._journal.resume_from(0 if latest is None else checkpoints.read_controller(latest)["step"])
             source = DatasetSource(dataset, cursor, self._placement.put)
-            outcome = await Driver(plan, source, trainer, self._journal, checkpoints, probes=probes).run()
+            driver = await self._driver(plan, source, trainer, data.probes)
+            outcome = await driver.run()
             if outcome.ended != "run":
-                self._record("paused" if outcome.ended == "pause" else "cancelled", finished_at=time.time())
-                return AttemptResult(outcome)
-            expected, sha256 = await self._export(trainer, dataset)
+                return self._stopped(outcome)
+            exported = await self._export(trainer, dataset.samples[:EXPORT_CHECK_SAMPLES])
         finally:
             await trainer.close()
             await self._placement.close()
-        await self._check_export(dataset, expected)
-        self._record("succeeded", finished_at=time.time(), weights_sha256=sha256)
-        files = [*self._journal.close(), self._report()]
-        return AttemptResult(outcome, self._export_path, files, asdict(training), sha256)
+        return await self._succeed(outcome, exported, training)
+
+    def _plan(self, training: ResolvedTraining, total_steps: int) -> Plan:
+        self._record("running", picked=asdict(training), total_steps=total_steps)
+        return Plan(
+            weighting=self._config.weighting,
+            training=training,
+            total_steps=total_steps,
+            attempt=self._spec.attempt,
+            inner_steps=self._config.training.inner_steps,
+            looks_back=self._objective.looks_back,
+            seed=self._config.seed,
+        )
+
+    async def _driver(
+        self,
+        plan: Plan,
+        source: Source,
+        trainer: TrainerPool,
+        probes: Mapping[str, Sequence[Sample]],
+        **more: Any,
+    ) -> Driver:
+        """The loop, with its trainers set up and its history cut at the checkpoint it goes on from."""
+        await self._journal.message("Trainers are ready.", **await trainer.setup())
+        checkpoints = CheckpointStore(self._spec.directory / "checkpoints", plan.training.keep_checkpoints)
+        if self._spec.committed is not FROM_DISK:
+            checkpoints.forget_uncommitted(self._spec.committed)
+        latest = checkpoints.latest()
+        self._journal.resume_from(0 if latest is None else checkpoints.read_controller(latest)["step"])
+        probed = {name: probe_groups(rows, self._placement.put) for name, rows in probes.items()}
+        return Driver(plan, source, trainer, self._journal, checkpoints, probes=probed, **more)
+
+    def _stopped(self, outcome: Outcome) -> AttemptResult:
+        self._record("paused" if outcome.ended == "pause" else "cancelled", finished_at=time.time())
+        return AttemptResult(outcome)
+
+    async def _succeed(
+        self, outcome: Outcome, exported: Exported, training: ResolvedTraining, *more_files: Path
+    ) -> AttemptResult:
+        """Check the export once the trainers are gone, and finish the result files."""
+        await self._check_export(exported)
+        self._record("succeeded", finished_at=time.time(), weights_sha256=exported.sha256)
+        files = [*self._journal.close(), *more_files, self._report()]
+        return AttemptResult(outcome, self._export_path, files, asdict(training), exported.sha256)
 
     @property
     def _export_path(self) -> Path:
@@ -160,19 +221,25 @@ class Attempt:
     def _load(self) -> JobData:
         """Tokenise all files. They were checked before; what is wrong now has changed since."""
         tokenizer = ChatTokenizer(self._spec.model_path)
-        training = self._config.training
-        limit = min(training.max_length or self._model.max_length, self._model.max_length)
+        replay = self._samples("replay", tokenizer) if self._has("replay") else ()
+        return JobData(Dataset(self._samples("training", tokenizer), replay), self._probes(tokenizer))
 
-        def load(role: Role) -> list[Sample]:
-            path = self._spec.files[f"{role}_file"]
-            return load_samples(path, tokenizer, max_length=limit, truncate=training.truncate, role=role)
-
-        def has(role: str) -> bool:
-            return f"{role}_file" in self._spec.files
-
+    def _probes(self, tokenizer: ChatTokenizer) -> dict[str, list[Sample]]:
         held_out: tuple[Role, ...] = ("validation", "retention")
-        probes: dict[str, list[Sample]] = {role: load(role) for role in held_out if has(role)}
-        return JobData(Dataset(load("training"), load("replay") if has("replay") else ()), probes)
+        return {role: self._samples(role, tokenizer) for role in held_out if self._has(role)}
+
+    def _samples(self, role: Role, tokenizer: ChatTokenizer) -> list[Sample]:
+        path = self._spec.files[f"{role}_file"]
+        truncate = self._config.training.truncate
+        return load_samples(path, tokenizer, max_length=self._max_length, truncate=truncate, role=role)
+
+    def _has(self, role: Role) -> bool:
+        return f"{role}_file" in self._spec.files
+
+    @property
+    def _max_length(self) -> int:
+        """Most tokens of a sample."""
+        return min(self._config.training.max_length or self._model.max_length, self._model.max_length)
 
     async def _resolve(self, dataset: Dataset) -> ResolvedTraining:
         training, messages = resolve_training(
@@ -225,6 +292,7 @@ class Attempt:
         return ScoringSpec(
             model_path=str(model),
             dtype=resources.dtype,
+            temperature=self._objective.temperature,
             micro_batch_tokens=resources.micro_batch_tokens,
             cpus_per_worker=resources.cpus_per_worker,
             gpus_per_worker=resources.gpus_per_worker,
@@ -233,7 +301,7 @@ class Attempt:
     def _trainer_spec(self) -> TrainerSpec:
         return TrainerSpec(
             model_path=str(self._spec.model_path),
-            objective=objective_of(self._config),
+            objective=self._objective,
             training=self._config.training,
             resources=self._config.resources,
             seed=self._config.seed,
@@ -250,30 +318,28 @@ class Attempt:
             replay_share=training.replay_share,
         )
 
-    async def _export(self, trainer: TrainerPool, dataset: Dataset) -> tuple[FloatArray, str]:
+    async def _export(self, trainer: TrainerPool, samples: Sequence[Sample]) -> Exported:
         """Write the model, and what its log-probabilities must be when somebody loads it."""
         await self._journal.section("export", deadline_s=3600)
         await trainer.export(self._export_path)
-        groups = self._check_groups(dataset)
-        scored = await trainer.score(groups)
-        expected_N = np.empty(sum(map(len, scored)))
-        for group in scored:  # a group gathers the rows of a prompt; the check reads them in the file's order
+        expected_N = np.empty(len(samples))
+        for group in await trainer.score(probe_groups(samples, self._placement.put)):
+            # A group gathers the rows of a prompt; the check reads them in their own order.
             expected_N[group.payload.index_N] = group.log_policy_N
-        return expected_N, await trainer.weights_sha256()
+        return Exported(list(samples), expected_N, await trainer.weights_sha256())
 
-    async def _check_export(self, dataset: Dataset, expected_N: FloatArray) -> None:
+    async def _check_export(self, exported: Exported) -> None:
         """Load the export as a user would and compare. A model that differs is not a success."""
-        samples = dataset.samples[:EXPORT_CHECK_SAMPLES]
         found_N = await score_dataset(
-            samples,
+            exported.samples,
             self._scoring_spec(self._export_path),
             cache_dir=None,
             num_scorers=1,
             on_ray=self._placement.on_ray,
             deadline_s=1800,
         )
-        num_tokens_N = np.array([s.num_tokens for s in samples])
-        off = float(np.max(np.abs(found_N - expected_N) / num_tokens_N))
+        num_tokens_N = np.array([s.num_tokens for s in exported.samples])
+        off = float(np.max(np.abs(found_N - exported.log_prob_N) / num_tokens_N))
         tolerance = EXPORT_TOLERANCE[self._config.resources.dtype]
         if not off <= tolerance:
             raise NumericsError(
@@ -284,9 +350,6 @@ class Attempt:
         await self._journal.message(
             f"Export checked: within {off:.1e} nats per token.", export_error_nats=off
         )
-
-    def _check_groups(self, dataset: Dataset) -> list[Group]:
-        return probe_groups(dataset.samples[:EXPORT_CHECK_SAMPLES], self._placement.put)
 
     def _report(self) -> Path:
         from modeseek_ray.reports import write_report  # matplotlib: not before it is needed
@@ -301,11 +364,23 @@ class Attempt:
 
 
 def objective_of(config: JobConfig) -> Objective:
-    """The part of the weighting that the trainer applies: token factor, KL direction, aggregation."""
-    weighting = config.weighting
+    """The part of the method that the trainer applies: token factors, clips, KL, routes, aggregation."""
+    weighting, online = config.weighting, config.online
+    clip = None if online is None else online.effective_clip
+    mismatch = None if online is None else online.mismatch
     return Objective(
         aggregation=config.training.aggregation,
         token_factor=weighting.token.scheme,
         token_parameters=factor_parameters(weighting.token),
         kl_direction=None if weighting.kl is None else weighting.kl.direction,
+        temperature=1.0 if online is None else online.rollout.temperature,
+        clip=None if clip is None else RatioClip(**clip.model_dump()),
+        mismatch=None if mismatch is None else _mismatch(mismatch),
+        routing_replay=None if online is None else online.routing_replay,
     )
+
+
+def _mismatch(section: Tis | Mis) -> Mismatch:
+    if isinstance(section, Tis):
+        return Mismatch("tis", low=0.0, high=section.cap, level=section.level)
+    return Mismatch("mis", low=section.low, high=section.high, level=section.level)

@@ -17,7 +17,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.generator import GeneratorEngine, GeneratorSpec
 from actors.generator_pool import GeneratorPool
 from actors.pools import TrainerPool
+from actors.reference import ReferenceModel, ScoringSpec
 from actors.reward_model import ClassifierPool, RewardModel, RewardModelSpec
+from actors.scorers import ScorerPool
 from actors.trainer import TrainerRank
 from actors.vllm_engine import environment as vllm_environment
 from modeseek_ray.data.batching import deal
@@ -83,6 +85,7 @@ class RayPlacement:
         self._trainer_seats: list[Seat] = []
         self._generator_seats: list[Seat] = []
         self._classifier_seats: list[Seat] = []
+        self._scorer_seats: list[Seat] = []
 
     async def reserve(
         self,
@@ -91,6 +94,7 @@ class RayPlacement:
         generators: int = 0,
         generator: GeneratorSpec | None = None,
         classifiers: Sequence[RewardModelSpec] = (),
+        scorers: int = 0,
     ) -> None:
         """Room for all workers of a job at once, before the first of them starts.
 
@@ -99,15 +103,17 @@ class RayPlacement:
         one entry a worker.
         """
         own = _bundle_of(self._resources.cpus_per_worker, self._resources.gpus_per_worker)
-        bundles = [own] * trainers
+        bundles = [own] * (trainers + scorers)
         if generator is not None:
             gpus = generator.gpus_per_worker * generator.tensor_parallel
             bundles += [_bundle_of(generator.cpus_per_worker, gpus)] * generators
         last_generator = len(bundles)
         bundles += [_bundle_of(spec.cpus_per_worker, spec.gpus_per_worker) for spec in classifiers]
         group = await self._reserve(bundles)
-        seats = [(group, index) for index in range(len(bundles))]
-        self._trainer_seats, self._generator_seats = seats[:trainers], seats[trainers:last_generator]
+        seats: list[Seat] = [(group, index) for index in range(len(bundles))]
+        first_generator = trainers + scorers
+        self._trainer_seats, self._scorer_seats = seats[:trainers], seats[trainers:first_generator]
+        self._generator_seats = seats[first_generator:last_generator]
         self._classifier_seats = seats[last_generator:]
 
     def put(self, block: Any) -> Any:
@@ -160,7 +166,9 @@ class RayPlacement:
             ).remote(spec)
             return RayWorker(handle, f"generator {index}")
 
-        return GeneratorPool(spec, start, count)
+        # An NCCL group cannot be joined later; in memory the weights wait for a new engine.
+        options = {"max_replacements": 0} if spec.transfer == "nccl" else {}
+        return GeneratorPool(spec, start, count, **options)
 
     async def classifiers(self, specs: Sequence[RewardModelSpec], count: int) -> ClassifierPool:
         """`count` workers of each model, in the places `reserve` took for them, models in the same order."""
@@ -185,11 +193,35 @@ class RayPlacement:
         self._classifier_seats = list(seats)
         return ClassifierPool(workers)
 
+    async def scorers(self, spec: ScoringSpec, count: int) -> ScorerPool:
+        """Frozen models in the places `reserve` took for them, to score samples as they come."""
+        if len(self._scorer_seats) < count:
+            raise RuntimeError("reserve() places for trainers and scorers together first")
+        seats, self._scorer_seats = self._scorer_seats[:count], self._scorer_seats[count:]
+        remote_model = ray.remote(ReferenceModel)
+        workers = [
+            RayWorker(
+                remote_model.options(  # type: ignore[attr-defined]
+                    num_cpus=spec.cpus_per_worker,
+                    num_gpus=spec.gpus_per_worker,
+                    scheduling_strategy=_in(seat),
+                    # The weights never change, so a call may be made again on a new process.
+                    max_restarts=3,
+                    max_task_retries=3,
+                    runtime_env={"env_vars": worker_environment(self._resources)},
+                ).remote(spec),
+                f"scorer {index}",
+            )
+            for index, seat in enumerate(seats)
+        ]
+        return ScorerPool(workers, spec.micro_batch_tokens)
+
     async def close(self) -> None:
         for group in self._groups:
             remove_placement_group(group)
         self._groups.clear()
-        self._trainer_seats, self._generator_seats, self._classifier_seats = [], [], []
+        self._trainer_seats, self._scorer_seats = [], []
+        self._generator_seats, self._classifier_seats = [], []
 
     async def _reserve(self, bundles: Sequence[dict[str, float]]) -> PlacementGroup:
         group = placement_group(list(bundles), strategy="PACK")

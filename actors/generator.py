@@ -245,7 +245,8 @@ class GeneratorEngine:
         self._version, self._update = version, None
 
     def native(self, method: str, arguments: Mapping[str, Any]) -> None:
-        """One of vLLM's own weight-transfer calls; `actors/nccl_transfer.py` says in which order."""
+        """One of vLLM's own weight-transfer calls; `weight_sync.NcclTransfer` says in which order."""
+        self._refuse_busy("update")
         try:
             self._llm.native(method, arguments)
         except Exception as error:

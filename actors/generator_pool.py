@@ -78,7 +78,7 @@ class GeneratorPool:
     ) -> None:
         self.spec = spec
         self._start = start
-        self._count = count
+        self.count = count
         self._slice_s = slice_s
         self._replacements_left = max_replacements
         self._engines: list[_Engine] = []
@@ -90,6 +90,7 @@ class GeneratorPool:
         self._changed = asyncio.Condition()
         self._broken: BaseException | None = None
         self.num_replaced = 0
+        self.num_written = 0  # completions, of all engines
 
     @property
     def version(self) -> int:
@@ -103,10 +104,10 @@ class GeneratorPool:
 
     async def setup(self) -> Mapping[str, Any]:
         """Start every engine. Returns the first one's facts."""
-        self._engines = [_Engine(i, await self._start(i)) for i in range(self._count)]
+        self._engines = [_Engine(i, await self._start(i)) for i in range(self.count)]
         facts = await asyncio.gather(*(engine.worker.call("setup") for engine in self._engines))
         self._servers = [asyncio.create_task(self._serve(engine)) for engine in self._engines]
-        return {**facts[0], "engines": self._count}
+        return {**facts[0], "engines": self.count}
 
     async def sample(self, prompts: Sequence[Prompt], *, round_: int) -> list[list[Completion]]:
         """The completions of each prompt, in order. The same (job, prompt, round) gives the same requests.
@@ -170,7 +171,12 @@ class GeneratorPool:
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """The same call on every engine; nothing is redone or replaced. Await `hold` before."""
-        return list(await asyncio.gather(*(engine.worker.call(method, *args) for engine in self._engines)))
+        return await self.call_each(method, [args] * self.count)
+
+    async def call_each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """A call on every engine, each with its own arguments."""
+        pairs = zip(self._engines, arguments, strict=True)
+        return list(await asyncio.gather(*(engine.worker.call(method, *args) for engine, args in pairs)))
 
     async def release(self, version: int) -> None:
         """Write again, from now on as `version`: that of the installed weights, or the old one."""
@@ -244,6 +250,7 @@ class GeneratorPool:
     async def _deliver(self, engine: _Engine, finished: Sequence[tuple[str, Completion]]) -> None:
         async with self._changed:
             for name, completion in finished:
+                self.num_written += 1
                 work = engine.holds.pop(name)
                 work.written[work.requests.pop(name)] = completion
                 if not work.requests and not work.done.done():

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from actors.generator_pool import GeneratorPool
 from actors.pools import TrainerPool
+from actors.scorers import ScorerPool
 from modeseek_ray.data.batching import deal
 from modeseek_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from actors.generator import GeneratorSpec
+    from actors.reference import ScoringSpec
     from actors.reward_model import ClassifierPool, RewardModelSpec
     from actors.trainer import TrainerSpec
 
@@ -103,6 +105,7 @@ class LocalPlacement:
         generators: int = 0,
         generator: GeneratorSpec | None = None,
         classifiers: Sequence[RewardModelSpec] = (),
+        scorers: int = 0,
     ) -> None:
         """Nothing to reserve in one process."""
 
@@ -130,6 +133,12 @@ class LocalPlacement:
         return ClassifierPool(
             {spec.key: [LocalWorker(partial(RewardModel, spec), "classifier")] for spec in specs}
         )
+
+    async def scorers(self, spec: ScoringSpec, count: int) -> ScorerPool:
+        """One frozen model, however many the job asks for: they would share this process's cores."""
+        from actors.reference import ReferenceModel
+
+        return ScorerPool([LocalWorker(lambda: ReferenceModel(spec), "scorer")], spec.micro_batch_tokens)
 
     async def close(self) -> None:
         """Nothing outlives the workers, which their pools stop."""

@@ -6,13 +6,14 @@ N  this rank's samples      B  samples of one micro-batch      M  trained tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from actors import modeling
 from actors.allocator import return_freed_memory
@@ -27,12 +28,15 @@ from actors.passes import StepPasses, require
 from actors.rng import seed_everything
 from actors.start import Start
 from actors.tally import Seconds, Tally
+from actors.weight_chunks import ChunkFacts, WeightChunk
+from actors.weights_out import token_log_probs, weight_chunks
 from modeseek_ray.errors import ConfigError, NumericsError
 from modeseek_ray.objectives.model import ScoringModel
 from modeseek_ray.routing.hooks import record_routes
 from modeseek_ray.types import FloatArray, Sample, StepPlan
 
 if TYPE_CHECKING:
+    from actors.nccl_transfer import NcclSender
     from actors.trainer import TrainerSpec
 
 
@@ -80,6 +84,7 @@ class Policy:
         )
         self._begun = Begun()
         self._seconds = Seconds()
+        self._sender: NcclSender | None = None
         seed_everything(spec.seed + rank)  # dropout differs between ranks
 
     def _build(self) -> ScoringModel:
@@ -228,6 +233,23 @@ class Policy:
         if copy is not None:
             write_export(copy, Path(self._spec.model_path), directory)
         self.engine.barrier()
+
+    def weights(self) -> Iterator[WeightChunk | ChunkFacts]:
+        """All weights as a checkpoint would hold them, from rank 0; see `weights_out`."""
+        return weight_chunks(self.engine, self._module, sends=self._rank == 0)
+
+    def canary(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float64]]:
+        """Log-probability of each token but the first, at temperature one; the same on every rank."""
+        temperature = self._spec.objective.temperature
+        return token_log_probs(self._passes, self._module, sequences, temperature=temperature)
+
+    def transfer(self) -> NcclSender:
+        """This rank's part of sending weights from GPU to GPU."""
+        if self._sender is None:
+            from actors.nccl_transfer import NcclSender  # loads vLLM
+
+            self._sender = NcclSender(self.engine, self._module, self._rank)
+        return self._sender
 
     def weights_sha256(self) -> str:
         return self.engine.sha256(self._module.model)

@@ -8,14 +8,16 @@ each, so that Ray resolves references on the worker's side.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actors.messages import Pick, RankBeginning, RankEvaluation, RankReport
+from actors.weight_chunks import ChunkFacts
 from modeseek_ray.objectives.deltas import DeltaSums
 from modeseek_ray.types import EvalReport, FloatArray, Group, IntArray, StepPlan, StepReport
 
@@ -207,6 +209,29 @@ class TrainerPool:
     async def export(self, directory: Path) -> None:
         await self._all("export", str(directory))
 
+    async def weights(self) -> tuple[list[Any], ChunkFacts]:
+        """Handles on the chunks of rank 0's weights, and the facts about them. Await before the next `step`."""
+
+        async def stream(rank: Worker) -> tuple[list[Any], ChunkFacts]:
+            handles = [handle async for handle in rank.stream("weights")]
+            return handles[:-1], await rank.fetch(handles[-1])
+
+        return (await self._together([stream(rank) for rank in self._ranks]))[0]  # type: ignore[no-any-return]
+
+    async def join_transfer(self, address: str, port: int, world_size: int) -> None:
+        await self._all("join_transfer", address, port, world_size)
+
+    async def describe_transfer(self) -> Mapping[str, Any]:
+        facts: Mapping[str, Any] = (await self._all("describe_transfer"))[0]
+        return facts
+
+    async def send_weights(self) -> None:
+        await self._all("send_weights")
+
+    async def canary(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float64]]:
+        """Log-probability of each token but the first, at temperature one, nats."""
+        return (await self._all("canary", sequences))[0]  # type: ignore[no-any-return]
+
     async def weights_sha256(self) -> str:
         """The hash of the trained weights, gathered: equal hashes mean equal bits."""
         return str((await self._all("weights_sha256"))[0])
@@ -221,11 +246,14 @@ class TrainerPool:
         return await self._each(method, [args] * len(self._ranks))
 
     async def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call every rank. The first failure wins: the others may be waiting for it in a collective."""
-        calls = [
-            asyncio.ensure_future(rank.call(method, *args))
-            for rank, args in zip(self._ranks, arguments, strict=True)
-        ]
+        """Call every rank."""
+        return await self._together(
+            [rank.call(method, *args) for rank, args in zip(self._ranks, arguments, strict=True)]
+        )
+
+    async def _together(self, work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """All ranks' answers. The first failure wins: the others may be waiting for it in a collective."""
+        calls = [asyncio.ensure_future(call) for call in work]
         try:
             return list(await asyncio.gather(*calls))
         except BaseException:

@@ -14,25 +14,19 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from actors.roles import Generator, Journal
-from actors.rollouts import Rollout, RolloutStore
+from actors.answers import Answerer
+from actors.roles import Journal
+from actors.rollouts import Rollout, RolloutStore, by_prompt
 from actors.sources import Put
 from modeseek_ray import config
 from modeseek_ray.errors import StorageError
-from modeseek_ray.rewards import GradeItem, Grader, refuse_if_failing
 from modeseek_ray.types import Group, Handle, IntArray, Prompt, Sample
 
 _SHOWN_TEXT = 400  # characters of a sampled text in an event
-
-
-class Decoder(Protocol):
-    """Tokens to text, for graders."""
-
-    def decode(self, token_ids_T: Sequence[int] | np.ndarray, *, skip_special: bool = False) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -75,9 +69,7 @@ class RolloutSource:
         self,
         prompts: Sequence[Prompt],
         settings: config.Rollout,
-        generator: Generator,
-        grader: Grader,
-        decoder: Decoder,
+        answerer: Answerer,
         store: RolloutStore,
         put: Put,
         journal: Journal,
@@ -87,9 +79,7 @@ class RolloutSource:
     ) -> None:
         self._prompts = prompts
         self._settings = settings
-        self._generator = generator
-        self._grader = grader
-        self._decoder = decoder
+        self._answerer = answerer
         self._store = store
         self._put = put
         self._journal = journal
@@ -122,6 +112,14 @@ class RolloutSource:
 
     def figures(self) -> Mapping[str, float]:
         return self._figures
+
+    def recent(self, count: int) -> list[Sample]:
+        """Samples of the newest round that was handed out: what to check an export with."""
+        for number in reversed(range(self._handed_out)):
+            rollouts = self._store.read(number, self._prompts)
+            if rollouts:
+                return [_sample(r, -1) for r in rollouts[:count]]
+        return []
 
     def state(self) -> Mapping[str, Any]:
         return {"round": self._handed_out, "data": self._identity()}
@@ -166,23 +164,10 @@ class RolloutSource:
     async def _answer(
         self, positions: Sequence[int], round_: int, seconds: dict[str, float]
     ) -> list[Rollout]:
-        if not positions:
-            return []
-        prompts = [self._prompts[i] for i in positions]
-        began = time.monotonic()
-        answers = await self._generator.sample(prompts, round_=round_)
-        written = time.monotonic()
-        asked = [
-            (p, i, c) for p, samples in zip(prompts, answers, strict=True) for i, c in enumerate(samples)
-        ]
-        texts = [self._decoder.decode(c.token_ids_T, skip_special=True) for _, _, c in asked]
-        grades = await self._grader.grade(
-            [GradeItem(t, p.reference, c.num_tokens) for (p, _, c), t in zip(asked, texts, strict=True)]
-        )
-        refuse_if_failing(grades, self._settings.max_failed_share)
-        for part, spent in (("sample", written - began), ("grade", time.monotonic() - written)):
-            seconds[part] = seconds.get(part, 0.0) + spent
-        return [Rollout(p, i, c, t, g) for (p, i, c), t, g in zip(asked, texts, grades, strict=True)]
+        rollouts, spent = await self._answerer.answer([self._prompts[i] for i in positions], round_)
+        for part, value in spent.items():
+            seconds[part] = seconds.get(part, 0.0) + value
+        return rollouts
 
     def _is_fresh(self, rollout: Rollout, number: int) -> bool:
         return 0 <= number - rollout.completion.weight_version <= self._settings.max_staleness
@@ -193,7 +178,7 @@ class RolloutSource:
             return list(rollouts), 0
         kept: list[Rollout] = []
         tied = 0
-        for group in _by_prompt(rollouts):
+        for group in by_prompt(rollouts):
             rewards = {r.grade.reward for r in group} - {None}
             if len(rewards) > 1:
                 kept += group
@@ -207,13 +192,13 @@ class RolloutSource:
         """Groups of the samples that may be trained on. All of a round's samples are one block."""
         graded = [r for r in batch.kept if r.grade.reward is not None]
         fresh = [r for r in graded if self._is_fresh(r, batch.number)]
-        by_prompt = _by_prompt(fresh)
-        samples = [_sample(r, group) for group, members in enumerate(by_prompt) for r in members]
+        asked = by_prompt(fresh)
+        samples = [_sample(r, group) for group, members in enumerate(asked) for r in members]
         block = self._put(samples)
-        ends = np.cumsum([len(members) for members in by_prompt], dtype=np.int64)
+        ends = np.cumsum([len(members) for members in asked], dtype=np.int64)
         groups = [
             _group(samples, np.arange(end - len(members), end), block)
-            for end, members in zip(ends, by_prompt, strict=True)
+            for end, members in zip(ends, asked, strict=True)
         ]
         self._figures = self._describe(batch, fresh, len(graded) - len(fresh))
         return groups
@@ -252,26 +237,18 @@ class RolloutSource:
         """Show one question with its answers side by side."""
         if not batch.written:
             return
-        group = _by_prompt(batch.written)[0]
+        group = by_prompt(batch.written)[0]
         shown = [
             {"text": r.text[:_SHOWN_TEXT], "reward": r.grade.reward, "error": r.grade.error}
             for r in group[:8]
         ]
-        question = self._decoder.decode(group[0].prompt.token_ids_T)[-_SHOWN_TEXT:]
+        question = self._answerer.text_of(group[0].prompt.token_ids_T)[-_SHOWN_TEXT:]
         reward = self._figures.get("rollout.reward", float("nan"))
         await self._journal.message(
             f"Round {batch.number + 1}: {len(batch.written)} samples, mean reward {reward:.3f}.",
             prompt=question,
             rollouts=shown,
         )
-
-
-def _by_prompt(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
-    """Samples of one question together, in order of first appearance. A question asked twice is one group."""
-    found: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        found.setdefault(rollout.prompt.ordinal, []).append(rollout)
-    return list(found.values())
 
 
 def _sample(rollout: Rollout, group: int) -> Sample:

@@ -63,6 +63,14 @@ class Rollout:
         return np.concatenate([self.prompt.token_ids_T, self.completion.token_ids_T]).astype(np.int32)
 
 
+def by_prompt(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """Samples of one question together, in order of first appearance."""
+    found: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        found.setdefault(rollout.prompt.ordinal, []).append(rollout)
+    return list(found.values())
+
+
 class RolloutStore:
     """The rounds of one job under `directory`. One writer: the driver of the newest attempt."""
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from actors.messages import Picks, RankBeginning, RankEvaluation, RankReport
 from modeseek_ray.config import Resources, Training
@@ -23,6 +26,7 @@ from modeseek_ray.types import FloatArray, Objective, Sample, StepPlan
 
 if TYPE_CHECKING:
     from actors.policy import Policy
+    from actors.weight_chunks import ChunkFacts, WeightChunk
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,29 @@ class TrainerRank:
     def export(self, directory: str) -> None:
         """Write a Hugging Face directory (rank 0): safetensors, configuration, tokenizer, chat template."""
         self._ready().export(Path(directory))
+
+    def weights(self) -> Iterator[WeightChunk | ChunkFacts]:
+        """Rank 0: the weights under checkpoint names, a chunk a layer; at last, on every rank, facts about them.
+
+        LoRA is merged, out of place. Run to the end before the next `step`.
+        """
+        yield from self._ready().weights()
+
+    def canary(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float64]]:
+        """Log-probability of each token but the first, at temperature one, nats: what engines must agree with."""
+        return self._ready().canary(sequences)
+
+    def join_transfer(self, address: str, port: int, world_size: int) -> None:
+        """Meet the engines in an NCCL group, as its rank 0 (trainer rank 0). They are told at the same time."""
+        self._ready().transfer().join(address, port, world_size)
+
+    def describe_transfer(self) -> dict[str, Any]:
+        """Names, dtypes and shapes of what `send_weights` sends, in its order."""
+        return self._ready().transfer().describe()
+
+    def send_weights(self) -> None:
+        """Broadcast all weights to the engines, which receive them at the same time."""
+        self._ready().transfer().send()
 
     def weights_sha256(self) -> str:
         """Hash of all parameters, gathered: the same hash means the same bits."""

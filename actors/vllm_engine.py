@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modeseek_ray.errors import ConfigError
+from modeseek_ray.routing.wire import MoeLayers, from_vllm
 
 if TYPE_CHECKING:
     from actors.generator import GeneratorSpec, Request
@@ -45,10 +46,13 @@ def build(spec: GeneratorSpec) -> VllmEngine:
     os.environ.update(environment(spec))
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB only; the engine is told in bytes
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(spec.cpus_per_worker))))
+    layers = _moe_layers(spec.model_path) if spec.with_routes else None
+    import torch
     from vllm import LLM
 
     from actors.vllm_weights import register
 
+    is_guest = torch.distributed.is_initialized()  # of the trainer in this process (--local)
     on_gpu = spec.gpus_per_worker > 0
     options: dict[str, Any] = {} if on_gpu else {"distributed_executor_backend": "uni", "enforce_eager": True}
     kv_cache_gib = spec.kv_cache_gib or (None if on_gpu else 1.0)
@@ -75,7 +79,7 @@ def build(spec: GeneratorSpec) -> VllmEngine:
             param="model",
             mend="Choose an architecture of vLLM's list, or change the setting it names.",
         ) from error
-    engine = VllmEngine(llm, spec)
+    engine = VllmEngine(llm, spec, layers, is_guest=is_guest)
     try:
         engine.score([np.zeros(2, dtype=np.int32)])
     except Exception as error:  # its kernels are chosen in the first forward pass
@@ -90,18 +94,14 @@ def build(spec: GeneratorSpec) -> VllmEngine:
 class VllmEngine:
     """A running vLLM behind the few calls that `GeneratorEngine` makes."""
 
-    def __init__(self, llm: Any, spec: GeneratorSpec) -> None:
+    def __init__(self, llm: Any, spec: GeneratorSpec, layers: MoeLayers | None, *, is_guest: bool) -> None:
+        """`layers`: whose routes are recorded. `is_guest`: the process group is somebody else's, and stays."""
+        self._is_guest = is_guest
         self._llm = llm
         self._engine = llm.llm_engine
         self._spec = spec
         self._scores = 0
-        self._moe_layers = _moe_layers(llm) if spec.with_routes else ()
-        if spec.with_routes and not self._moe_layers:
-            raise ConfigError(
-                "routes can only be recorded of an MoE model.",
-                param="routing_replay",
-                mend="Drop routing_replay, or choose an MoE model.",
-            )
+        self._layers = layers
 
     def add(self, request: Request) -> None:
         from vllm import SamplingParams
@@ -178,33 +178,49 @@ class VllmEngine:
             raise RuntimeError("the prefix cache is in use; requests are still inside")
 
     def routes(self, output: Any) -> NDArray[Any]:
-        """[prompt + T - 1, L, K]: the experts each token took, MoE layers only. Ids are logical."""
-        routed_TLK: NDArray[Any] = np.asarray(output.routed_experts)
-        return np.ascontiguousarray(routed_TLK[:, self._moe_layers])
+        """[prompt + T - 1, L, K] in wire form: the experts each token was sent to. The last token took none."""
+        assert self._layers is not None
+        return from_vllm(np.asarray(output.routed_experts), self._layers)
 
     def close(self) -> None:
+        """Free the model. In a process shared with a trainer, close the trainer after this."""
         core, self._engine, self._llm = self._engine.engine_core, None, None
-        core.shutdown()
+        if self._is_guest:
+            _leave_quietly(core.engine_core)
+        else:
+            core.shutdown()
         gc.collect()
+
+
+def _leave_quietly(core: Any) -> None:
+    """vLLM's own shutdown, but for the process group, in which the trainer of this process goes on."""
+    import torch
+    from vllm.distributed import parallel_state
+
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()
+    if torch.distributed.is_initialized():
+        parallel_state.destroy_model_parallel()
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = None
 
 
 def _tokens(token_ids_T: NDArray[np.int32]) -> dict[str, Any]:
     return {"type": "token", "prompt_token_ids": token_ids_T.tolist()}
 
 
-def _moe_layers(llm: Any) -> tuple[int, ...]:
-    """Which hidden layers have experts: those whose rows of the routes are not just zeros."""
-    (found,) = set(llm.llm_engine.collective_rpc(_find_moe_layers))
-    layers: tuple[int, ...] = found
+def _moe_layers(model_path: str) -> MoeLayers:
+    """The routers of the model, as the trainer counts them. Raises `ConfigError` where there are none."""
+    from transformers import AutoConfig
+
+    from modeseek_ray.routing.describe import moe_layers
+
+    layers = moe_layers(AutoConfig.from_pretrained(model_path, local_files_only=True))
+    if not len(layers):
+        raise ConfigError(
+            "routes can only be recorded of an MoE model.",
+            param="routing_replay",
+            mend="Drop routing_replay, or choose an MoE model.",
+        )
     return layers
-
-
-def _find_moe_layers(worker: Any) -> tuple[int, ...]:
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    names = [
-        name
-        for name, module in worker.model_runner.model.named_modules()
-        if hasattr(module, "w13_weight") or hasattr(module, "w2_weight")
-    ]
-    return tuple(sorted({extract_layer_index(name) for name in names}))

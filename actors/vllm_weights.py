@@ -63,27 +63,36 @@ class ChunkTransferEngine(WeightTransferEngine[ChunkInitInfo, ChunkUpdateInfo]):
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
-            pack_experts(self.model)
+            repack(self.model)
 
     def shutdown(self) -> None:
         """Nothing is held."""
 
 
-def pack_experts(model: nn.Module) -> None:
-    """Lay expert matrices out as the CPU's grouped kernel reads them.
+def repack(model: nn.Module) -> None:
+    """Do over what vLLM does to weights on a CPU after the first load, and leaves out after a reload.
 
-    On the first load vLLM does so itself. On a reload its unquantised MoE method copies the plain
-    matrices into place and leaves this step out; the kernel then reads them in the wrong order and
-    the model is silently another one.
+    Without it the model is silently another one:
+    * Expert matrices are laid out for the grouped kernel. A reload copies the plain ones into their
+      place, and the kernel reads them in the wrong order.
+    * An output layer that is tied to the embedding multiplies with a packed copy of its own. A reload
+      brings new weights to the embedding; the copy stays that of the old ones.
     """
-    from vllm._custom_ops import cpu_prepack_moe_weight
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     module: Any
     for module in model.modules():
-        if not hasattr(module, "w13_weight"):
-            continue
-        experts = module.quant_method.moe_kernel.fused_experts
-        if getattr(experts, "_use_zentorch", False):
-            continue
-        for weight in (module.w13_weight, module.w2_weight):
-            weight.data.copy_(cpu_prepack_moe_weight(weight.data, experts.isa))
+        if hasattr(module, "w13_weight"):
+            _pack_experts(module)
+        elif isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _pack_experts(module: Any) -> None:
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    experts = module.quant_method.moe_kernel.fused_experts
+    if getattr(experts, "_use_zentorch", False):
+        return
+    for weight in (module.w13_weight, module.w2_weight):
+        weight.data.copy_(cpu_prepack_moe_weight(weight.data, experts.isa))

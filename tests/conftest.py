@@ -41,6 +41,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+HEADS_FOR_VLLM = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
@@ -83,7 +84,7 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3-MoE: 2 layers, 4 experts of which 2 are asked, width 32, byte-level tokenizer."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    return _save_tiny(
+    return save_tiny(
         tmp_path_factory.mktemp("tiny") / "moe",
         Qwen3MoeConfig,
         Qwen3MoeForCausalLM,
@@ -96,33 +97,69 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vllm_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_moe` with heads of 32, the smallest vLLM has CPU kernels for, after a dense first layer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return save_tiny(
+        tmp_path_factory.mktemp("vllm") / "moe",
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        num_hidden_layers=3,
+        mlp_only_layers=[0],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+        initializer_range=0.2,
+        **HEADS_FOR_VLLM,
+    )
+
+
+@pytest.fixture(scope="session")
+def vllm_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_dense` with heads of 32 and a tied output layer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return save_tiny(
+        tmp_path_factory.mktemp("vllm") / "dense",
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        **HEADS_FOR_VLLM,
+    )
+
+
+@pytest.fixture(scope="session")
 def tiny_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3: 2 layers, width 32, byte-level tokenizer."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return _save_tiny(tmp_path_factory.mktemp("tiny") / "dense", Qwen3Config, Qwen3ForCausalLM)
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "dense", Qwen3Config, Qwen3ForCausalLM)
 
 
-def _save_tiny(directory: Path, config_class: Any, model_class: Any, **more: Any) -> Path:
+def save_tiny(directory: Path, config_class: Any, model_class: Any, **more: Any) -> Path:
     import torch
 
     tokenizer = byte_tokenizer()
-    config = config_class(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        dtype="float32",
-        **more,
-    )
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "dtype": "float32",
+    }
+    config = config_class(**{**settings, **more})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model_class(config).save_pretrained(directory)

@@ -13,7 +13,8 @@ import os
 import signal
 from pathlib import Path
 
-from actors.attempt import Attempt, AttemptResult, AttemptSpec
+from actors.attempt import AttemptResult, AttemptSpec
+from actors.attempts import attempt_of
 from actors.cluster import RayPlacement, connect
 from actors.http_sink import HttpSink, LeaseLost
 from actors.journal import ResultJournal
@@ -22,6 +23,7 @@ from modeseek_ray.client import AttemptClient
 from modeseek_ray.errors import ModeseekError
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.spec import JobSpec
+from modeseek_ray.rewards.endpoints import read_endpoints
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ async def _work(client: AttemptClient, sink: HttpSink, home: Home, job_id: str, 
     connect(os.environ.get("RAY_ADDRESS"))
     trackers = trackers_of(spec.config, home.results(job_id), job_id)
     journal = ResultJournal(home.results(job_id), sink, attempt=number, trackers=trackers)
-    attempt = Attempt(
+    attempt = attempt_of(
         AttemptSpec(
             job_id=job_id,
             attempt=number,
@@ -101,6 +103,7 @@ async def _work(client: AttemptClient, sink: HttpSink, home: Home, job_id: str, 
             behavior_model_path=spec.behavior_model_path,
             directory=home.job(job_id),
             cache=home.cache,
+            endpoints=read_endpoints(home.endpoints),
             committed=spec.checkpoint,
         ),
         RayPlacement(spec.config.resources),
@@ -117,7 +120,8 @@ async def _conclude(sink: HttpSink, result: AttemptResult) -> None:
         await sink.transition(
             "succeeded",
             results={
-                "fine_tuned_model_path": str(result.model_path),
+                # A best-of-N job trains nothing and has files alone.
+                "fine_tuned_model_path": None if result.model_path is None else str(result.model_path),
                 "result_files": [str(path) for path in result.result_files],
                 "trained_tokens": result.outcome.state.trained_tokens,
                 "hyperparameters": dict(result.picked),

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.attempt import Attempt, AttemptResult, AttemptSpec, Placement
+from actors.attempt import AttemptResult, AttemptSpec, Placement
+from actors.attempts import attempt_of
 from actors.cli.follow import Follower
 from actors.commands.preflight import files_of, local_model, preflight
 from actors.journal import CallbackSink, ResultJournal
@@ -19,6 +20,7 @@ from actors.trackers import trackers_of
 from modeseek_ray.config import read_config
 from modeseek_ray.data.check import inspect_job
 from modeseek_ray.jobs.paths import Home
+from modeseek_ray.rewards.endpoints import read_endpoints
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -29,10 +31,11 @@ def train(job_file: Path, out: Path, home: Home, *, local: bool) -> int:
     spec = prepare(job_file, home, out.resolve())
     with Follower(console, title=job_file.name) as follower:
         result = run(spec, follower.show, local=local)
-    if result.model_path is None:
+    if result.outcome.ended != "run":
         console.print(f"Stopped after step {result.outcome.state.step}; the same command resumes.")
         return 130
-    console.print(f"Model   {result.model_path}", highlight=False, soft_wrap=True)
+    if result.model_path is not None:  # a best-of-N job trains nothing
+        console.print(f"Model   {result.model_path}", highlight=False, soft_wrap=True)
     for path in result.result_files:
         console.print(f"Result  {path}", highlight=False, soft_wrap=True)
     return 0
@@ -54,6 +57,7 @@ def prepare(job_file: Path, home: Home, out: Path) -> AttemptSpec:
         behavior_model_path=behavior,
         directory=out,
         cache=home.cache,
+        endpoints=read_endpoints(home.endpoints),
     )
 
 
@@ -68,7 +72,7 @@ def run(spec: AttemptSpec, on_event: OnEvent, *, local: bool) -> AttemptResult:
 
 async def _run(spec: AttemptSpec, sink: CallbackSink, journal: ResultJournal, local: bool) -> AttemptResult:
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, sink.interrupt)
-    return await Attempt(spec, _placement(spec, local), journal).run()
+    return await attempt_of(spec, _placement(spec, local), journal).run()
 
 
 def _placement(spec: AttemptSpec, local: bool) -> Placement:

@@ -39,6 +39,11 @@ class Home:
         return os.environ.get("MODESEEK_STORE_URL") or f"sqlite:///{self.root / 'store.sqlite3'}"
 
     @property
+    def endpoints(self) -> Path:
+        """The operator's list of judges that graders may ask (`rewards/endpoints.py`); need not exist."""
+        return self.root / "grader-endpoints.yaml"
+
+    @property
     def files(self) -> Path:
         return self.root / "files"
 

@@ -89,7 +89,9 @@ def _parts(url: str) -> tuple[str, str, int, str]:
 
 
 def read_endpoints(path: Path) -> tuple[Endpoint, ...]:
-    """The operator's list. Raises `ConfigError` with the file and the field."""
+    """The operator's list; none where there is no such file. Raises `ConfigError` with the file and the field."""
+    if not path.exists():
+        return ()
     try:
         found = _File.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

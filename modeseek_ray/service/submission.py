@@ -21,6 +21,8 @@ from modeseek_ray.jobs.models import ModelInfo
 from modeseek_ray.jobs.plan import Plan, plan
 from modeseek_ray.jobs.records import FileRecord, JobRecord
 from modeseek_ray.jobs.spec import FILE_ROLES, JobSpec
+from modeseek_ray.rewards.build import local_models
+from modeseek_ray.rewards.endpoints import read_endpoints
 from modeseek_ray.service.context import Caller, Service
 
 _DATA_ROLES = {"training_file": "training", "replay_file": "replay", "validation_file": "validation"}
@@ -63,6 +65,8 @@ def check(service: Service, caller: Caller, body: Any, capacity: Capacity | None
         behavior_path = service.resolve_model(behavior, caller.tenant_id, "behavior_model")
     if capacity is not None:
         refuse_what_never_fits(plan(config, ModelInfo.read(model_path)), capacity)
+    if config.grader is not None:
+        _check_judges(service, caller, config)
     _check_rows(service, files, asks=config.rollout is not None)
     return Checked(config, files, model_path, behavior_path)
 
@@ -140,6 +144,14 @@ def _file(service: Service, caller: Caller, role: str, file_id: str) -> FileReco
             code="invalid_purpose",
         )
     return record
+
+
+def _check_judges(service: Service, caller: Caller, config: JobConfig) -> None:
+    """Endpoints must be allowed by the operator, local classifiers must lie under an allowed root."""
+    endpoints = read_endpoints(service.home.endpoints)
+    param = f"method.{config.method.type}.grader"
+    for path, section in local_models(config.grader, endpoints=endpoints, param=param):
+        service.resolve_model(section.model, caller.tenant_id, f"{path}.model")
 
 
 def _check_rows(service: Service, files: dict[str, FileRecord], *, asks: bool) -> None:

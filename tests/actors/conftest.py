@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.generator import Sampling
 from actors.trainer import TrainerSpec
 from modeseek_ray.config import Resources, Training
 from modeseek_ray.types import Objective, Sample
+from tests.actors.engines import Engine, Engines
 from tests.actors.ranks import Ranks, Start, Trainer
 
 
@@ -21,6 +23,27 @@ def ranks() -> Iterator[Ranks]:
     processes = Ranks()
     yield processes
     processes.stop()
+
+
+@pytest.fixture(scope="session")
+def engines(ray_cluster: Any) -> Iterator[Engines]:
+    """vLLM engines, started when a test first asks for them."""
+    engines = Engines(ray_cluster)
+    yield engines
+    engines.stop()
+
+
+@pytest.fixture(scope="session")
+def moe_engine(engines: Engines, vllm_moe: Path) -> Engine:
+    """Samples twice a prompt at temperature 0.7, with routes."""
+    sampling = Sampling(samples_per_prompt=2, temperature=0.7, max_tokens=24)
+    return engines.of(vllm_moe, sampling=sampling, with_routes=True)
+
+
+@pytest.fixture(scope="session")
+def dense_engine(engines: Engines, vllm_dense: Path) -> Engine:
+    """Samples four times a prompt at temperature one, until an `e` is written."""
+    return engines.of(vllm_dense, sampling=Sampling(samples_per_prompt=4, max_tokens=40, stop=("e",)))
 
 
 @pytest.fixture

@@ -4,17 +4,26 @@ that write one token a turn; the real one that is killed is at the end."""
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from actors.cluster import RayPlacement
 from actors.generator import GeneratorSpec, Request, Sampling, requests_of, seed_of
 from actors.generator_pool import MAX_REDOS, GeneratorPool
+from actors.sources import probe_groups
+from actors.trainer import TrainerSpec
 from actors.weight_chunks import ChunkFacts, WeightRelease
+from actors.weight_sync import VerifiedChannel
+from modeseek_ray.config import Resources, Training
 from modeseek_ray.errors import ConfigError, NumericsError, WorkerError
-from modeseek_ray.types import Completion, Prompt
+from modeseek_ray.types import Completion, Objective, Prompt, Sample, StepPlan
+from tests.actors.conftest import random_samples
 
 LENGTH = 3  # tokens, and so turns, of a completion
 
@@ -357,3 +366,62 @@ def test_sampling_that_would_deceive_is_refused(
         GeneratorSpec(model_path="-", sampling=sampling, **changes)
     assert refused.value.param == param
     GeneratorSpec(model_path="-", sampling=Sampling(temperature=0.0, top_p=0.9), ratios_used=False)
+
+
+@pytest.mark.slow
+async def test_an_engine_killed_in_the_middle_of_a_rollout_costs_the_job_nothing(
+    ray_cluster: Any, vllm_dense: Path
+) -> None:
+    resources = Resources(trainers=1, zero_stage=2)
+    engine_spec = GeneratorSpec(
+        model_path=str(vllm_dense),
+        sampling=Sampling(samples_per_prompt=4, max_tokens=48),
+        max_length=64,
+        max_num_seqs=8,
+        kv_cache_gib=0.1,
+    )
+    placement = RayPlacement(resources)
+    await placement.reserve(trainers=1, generators=1, generator=engine_spec)
+    trainer = await placement.trainers(
+        TrainerSpec(str(vllm_dense), Objective(), Training(), resources, seed=0), 1
+    )
+    pool = await placement.generators(engine_spec, 1)
+    try:
+        _, facts = await asyncio.gather(trainer.setup(), pool.setup())
+        asked = [Prompt(i, np.arange(5 + i, 15 + i, dtype=np.int32)) for i in range(60)]
+        groups = probe_groups(random_samples(8), placement.put)
+        plan = StepPlan(step=0, values_N=np.ones(8), denominator=50.0, learning_rate=1e-2)
+        await trainer.step(groups, plan)
+        channel = VerifiedChannel(trainer, pool, [p.token_ids_T for p in asked])
+        figures = await channel.sync(1)
+        assert figures["sync_largest_difference_nats"] < 1e-4
+
+        rollout = asyncio.create_task(pool.sample(asked, round_=0))
+        while not pool.num_written:
+            await asyncio.sleep(0.01)
+        assert pool.num_written < 240
+        os.kill(facts["pid"], signal.SIGKILL)
+        answer = await rollout
+
+        assert pool.num_replaced == 1
+        assert pool.num_written == 240  # none lost, none doubled
+        for prompt, completions in zip(asked, answer, strict=True):
+            assert [c.seed for c in completions] == [seed_of(0, prompt.ordinal, 0, i) for i in range(4)]
+            assert {c.weight_version for c in completions} == {1}
+        # Those of the engine that came later were written with the trainer's weights, too.
+        samples = [
+            Sample(
+                i, ids_T := np.concatenate([p.token_ids_T, cs[-1].token_ids_T]), np.arange(len(ids_T)) >= 10
+            )
+            for i, (p, cs) in enumerate(zip(asked, answer, strict=True))
+        ]
+        scored = await trainer.score(probe_groups(samples, placement.put))
+        ours_N = np.concatenate([g.log_policy_N for g in scored])
+        row_N = np.concatenate([g.row_N for g in scored])
+        theirs_N = np.array([answer[i][-1].log_prob_T.sum(dtype=np.float64) for i in row_N])
+        assert np.abs(ours_N - theirs_N).max() < 1e-4 * 48
+        assert (await channel.verify())["sync_largest_difference_nats"] < 1e-4
+    finally:
+        await pool.close()
+        await trainer.close()
+        await placement.close()

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.answers import Answerer
 from actors.rollout_source import PromptOrder, RolloutSource
 from actors.rollouts import RolloutStore
 from modeseek_ray.config import Rollout
@@ -95,9 +96,7 @@ def make(
     return RolloutSource(
         PROMPTS,
         chosen,
-        generator,
-        grader or FakeGrader(),
-        Digits(),
+        Answerer(generator, grader or FakeGrader(), Digits(), max_failed_share=chosen.max_failed_share),
         RolloutStore(directory),
         lambda block: block,
         Messages(),  # type: ignore[arg-type]

@@ -1,0 +1,17 @@
+"""Which kind of attempt a job's method asks for."""
+
+from __future__ import annotations
+
+from actors.attempt import Attempt, AttemptSpec, Placement
+from actors.attempt_best_of_n import BestOfNAttempt
+from actors.attempt_online import OnlineAttempt
+from actors.journal import ResultJournal
+
+
+def attempt_of(spec: AttemptSpec, placement: Placement, journal: ResultJournal) -> Attempt:
+    """The attempt at this job; `run` it once."""
+    if spec.config.online is not None:
+        return OnlineAttempt(spec, placement, journal)
+    if spec.config.best_of_n is not None:
+        return BestOfNAttempt(spec, placement, journal)
+    return Attempt(spec, placement, journal)

@@ -1,0 +1,277 @@
+"""Weights from trainer to engine: under the names of a checkpoint, all or nothing, and believed only
+when both sides give the same log-probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors.generator_pool import GeneratorPool
+from actors.trainer import TrainerRank
+from actors.weight_chunks import ChunkFacts, WeightChunk
+from actors.weight_sync import Tolerance, VerifiedChannel, compare, cut_canary
+from modeseek_ray.config import Lora, Training
+from modeseek_ray.errors import NumericsError, WorkerError
+from modeseek_ray.types import Objective, Sample
+from tests.actors.conftest import random_samples
+from tests.actors.engines import Engine
+from tests.actors.ranks import Start, Trainer, plan_for
+from tests.actors.test_generator import prompts
+from tests.actors.test_generator_pool import World, assert_complete, pool_of
+from tests.actors.test_generator_pool import prompts as fake_prompts
+
+ROUNDS = 10
+LIMIT = 1e-4  # nats a token, float32; about 1e-6 was seen
+
+
+def all_weights(rank: TrainerRank) -> list[WeightChunk | ChunkFacts]:
+    return list(rank.weights())
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    *chunks, facts = trainer.inside(all_weights)[0]
+    assert facts.checksums == tuple(chunk.compute_checksum() for chunk in chunks)
+    assert facts.num_bytes == sum(chunk.num_bytes for chunk in chunks)
+    return {name: tensor for chunk in chunks for name, tensor in chunk.tensors()}
+
+
+class Owner:
+    """The trainer of the test's harness, as the channel sees it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    async def weights(self) -> tuple[list[Any], ChunkFacts]:
+        answers = await asyncio.to_thread(self._trainer.inside, all_weights)
+        for others in answers[1:]:  # only rank 0 sends
+            assert [type(thing) for thing in others] == [ChunkFacts]
+        *chunks, facts = answers[0]
+        return chunks, facts
+
+    async def canary(self, sequences: Sequence[Any]) -> list[Any]:
+        first, *others = await asyncio.to_thread(self._trainer.each, "canary", sequences)
+        for other in others:
+            np.testing.assert_array_equal(np.concatenate(first), np.concatenate(other))
+        return first
+
+
+@pytest.mark.parametrize(
+    ("model", "world_size", "options"),
+    [
+        ("vllm_dense", 1, {"zero_stage": 2}),
+        ("vllm_moe", 2, {"zero_stage": 3}),
+        ("tiny_moe", 2, {"zero_stage": 3, "lora": Lora(rank=2, target_experts=True)}),
+        ("tiny_dense", 1, {"zero_stage": 2, "dtype": "bfloat16", "lora": Lora(rank=2)}),
+    ],
+)
+def test_weights_are_those_an_export_would_hold(
+    model: str,
+    world_size: int,
+    options: dict[str, Any],
+    start: Start,
+    samples: list[Sample],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    training = Training(lora=options.pop("lora", None))
+    trainer = start(model=request.getfixturevalue(model), world_size=world_size, training=training, **options)
+    trainer.step(samples, plan_for(samples, rate=1e-2))
+    before = trainer.sha256()
+    found = weights_of(trainer)
+    assert trainer.sha256() == before  # LoRA is merged out of place
+    trainer.each("export", str(tmp_path))
+    expected = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_the_canary_is_scored_at_temperature_one_whatever_the_policy_is_trained_at(
+    start: Start, samples: list[Sample]
+) -> None:
+    sequences = [s.token_ids_T for s in samples]
+    warm = start(objective=Objective(temperature=0.5)).each("canary", sequences)[0]
+    trainer = start(objective=Objective())
+    plain = trainer.each("canary", sequences)[0]
+    np.testing.assert_allclose(np.concatenate(warm), np.concatenate(plain), atol=1e-6)
+    everything = [
+        Sample(row=i, token_ids_T=s, trained_T=np.arange(len(s)) > 0) for i, s in enumerate(sequences)
+    ]
+    np.testing.assert_allclose([c.sum() for c in plain], trainer.score(everything), atol=1e-5)
+
+
+async def trained_and_synced(engine: Engine, trainer: Trainer, rounds: int) -> GeneratorPool:
+    """Train a step and give the engine the weights, so many times; the pool that wrote in between."""
+    pool = GeneratorPool(engine.spec, engine.worker, 1)
+    await pool.setup()
+    first = engine.call("version")
+    channel = VerifiedChannel(Owner(trainer), pool, [p.token_ids_T for p in prompts()])
+    scores = []
+    for round_ in range(rounds):
+        samples = random_samples(8, seed=round_)
+        await asyncio.to_thread(trainer.step, samples, plan_for(samples, step=round_, rate=1e-2))
+        figures = await channel.sync(first + round_ + 1)
+        assert figures["sync_largest_difference_nats"] < LIMIT
+        assert figures["sync_bytes"] > 0
+        written = await pool.sample(prompts(2), round_=round_)
+        assert {c.weight_version for cs in written for c in cs} == {first + round_ + 1}
+        scores.append(np.concatenate((await pool.score([prompts()[-1].token_ids_T]))[0]))
+    # The weights did move, each time, by far more than the tolerance.
+    assert min(np.abs(a - b).max() for a, b in itertools.pairwise(scores)) > 100 * LIMIT
+    return pool
+
+
+@pytest.mark.slow
+async def test_a_dense_engine_and_its_trainer_agree_after_every_one_of_ten_syncs(
+    dense_engine: Engine, start: Start, vllm_dense: Path
+) -> None:
+    trainer = start(model=vllm_dense, zero_stage=2)
+    pool = await trained_and_synced(dense_engine, trainer, ROUNDS)
+    await pool.close()
+    await assert_caught(dense_engine, trainer)  # the packed copy of a tied output layer
+
+
+@pytest.mark.slow
+async def test_an_moe_engine_and_zero_3_ranks_agree_after_every_one_of_ten_syncs(
+    moe_engine: Engine, start: Start, vllm_moe: Path
+) -> None:
+    trainer = start(model=vllm_moe, world_size=2, zero_stage=3, objective=Objective(temperature=0.7))
+    pool = await trained_and_synced(moe_engine, trainer, ROUNDS)
+    channel = VerifiedChannel(Owner(trainer), pool, [p.token_ids_T for p in prompts()])
+    assert (await channel.verify())["sync_largest_difference_nats"] < LIMIT
+    # What the trainer says of these samples at the sampler's temperature is what the sampler said.
+    written = await pool.sample(prompts(), round_=99)
+    for prompt, completions in zip(prompts(), written, strict=True):
+        for completion in completions:
+            ids_T = np.concatenate([prompt.token_ids_T, completion.token_ids_T])
+            sample = Sample(0, ids_T, np.arange(len(ids_T)) >= len(prompt.token_ids_T))
+            off = trainer.score([sample])[0] - completion.log_prob_T.sum(dtype=np.float64)
+            assert abs(off) < LIMIT * completion.num_tokens
+    await pool.close()
+    await assert_caught(moe_engine, trainer)  # the layout of the experts
+
+
+async def assert_caught(engine: Engine, trainer: Trainer) -> None:
+    """Weights loaded as vLLM 0.30 by itself would: refused with both numbers, and never written with."""
+    samples = random_samples(8)
+    await asyncio.to_thread(trainer.step, samples, plan_for(samples, rate=1e-2))
+    pool = GeneratorPool(engine.spec, engine.worker, 1)
+    await pool.setup()
+    channel = VerifiedChannel(Owner(trainer), pool, [p.token_ids_T for p in prompts()])
+    engine.call("repack", False)
+    try:
+        with pytest.raises(NumericsError, match="not the same on both sides") as caught:
+            await channel.sync(500)
+    finally:
+        engine.call("repack", True)
+    ours, theirs = _both_numbers(str(caught.value))
+    assert abs(ours - theirs) > LIMIT
+    with pytest.raises(NumericsError, match="not the same on both sides"):
+        await pool.sample(prompts(1), round_=100)
+    await pool.close()
+
+    pool = GeneratorPool(engine.spec, engine.worker, 1)
+    await pool.setup()
+    channel = VerifiedChannel(Owner(trainer), pool, [p.token_ids_T for p in prompts()])
+    assert (await channel.sync(501))["sync_largest_difference_nats"] < LIMIT
+    await pool.close()
+
+
+def _both_numbers(message: str) -> tuple[float, float]:
+    words = message.split()
+    return float(words[words.index("trainer") - 3]), float(words[words.index("engine") - 2])
+
+
+class FakeOwner:
+    def __init__(self, *, dies: bool = False, log_prob: float | None = None) -> None:
+        self.dies = dies
+        self.log_prob = log_prob
+
+    async def weights(self) -> tuple[list[Any], ChunkFacts]:
+        await asyncio.sleep(0.01)
+        if self.dies:
+            raise WorkerError("trainer rank 1 died.", mend="")
+        return ["chunk"], ChunkFacts(("x",), 1, 1, 0.0)
+
+    async def canary(self, sequences: Sequence[Any]) -> list[Any]:
+        return [np.full(len(s) - 1, self.log_prob) for s in sequences]
+
+
+CANARY = [np.arange(4, dtype=np.int32)]
+
+
+async def test_a_trainer_that_dies_leaves_the_engines_as_they_were() -> None:
+    world = World()
+    pool = await pool_of(world, 2)
+    answer = asyncio.create_task(pool.sample(fake_prompts(30), round_=0))
+    await asyncio.sleep(0)
+    with pytest.raises(WorkerError, match="rank 1 died"):
+        await VerifiedChannel(FakeOwner(dies=True), pool, CANARY).sync(1)
+    completions = await answer
+    assert_complete(completions, 30)
+    assert {c.weight_version for cs in completions for c in cs} == {0}
+    assert [engine.version for engine in world.engines] == [0, 0]
+    await pool.close()
+
+
+async def test_one_engine_that_differs_stops_all() -> None:
+    world = World()
+    pool = await pool_of(world, 2)
+    with pytest.raises(NumericsError, match=r"5\.500000 in the trainer and 5\.000000 in engine 0, 5\.00e-01"):
+        await VerifiedChannel(FakeOwner(log_prob=5.5), pool, CANARY).sync(5)
+    assert pool.version == 0
+    with pytest.raises(NumericsError):
+        await pool.sample(fake_prompts(1), round_=0)
+    await pool.close()
+
+
+async def test_a_sync_says_how_long_each_part_took_and_an_old_version_is_refused() -> None:
+    world = World()
+    pool = await pool_of(world, 1)
+    channel = VerifiedChannel(FakeOwner(log_prob=5.0), pool, CANARY)
+    figures = await channel.sync(5)
+    parts = [figures[f"sync_{part}_seconds"] for part in ("drain", "gather", "load", "verify")]
+    assert max(parts) <= figures["sync_seconds"] <= sum(parts) + 1
+    assert figures["sync_largest_difference_nats"] == 0.0
+    assert figures["sync_engines_replaced"] == 0.0
+    with pytest.raises(ValueError, match="5 is not newer than 5"):
+        await channel.sync(5)
+    await pool.close()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "tolerance", "passes"),
+    [
+        ([-1.0, -2.0], Tolerance(1e-9, 1e-9), True),
+        ([-1.0, -2.3], Tolerance(0.5, 0.2), True),  # largest .3, mean .15
+        ([-1.0, -2.3], Tolerance(0.2, 0.2), False),
+        ([-1.0, -2.3], Tolerance(0.5, 0.1), False),
+        ([-1.0, float("nan")], Tolerance(9.0, 9.0), False),
+        ([-1.0, float("-inf")], Tolerance(9.0, 9.0), False),
+    ],
+)
+def test_what_is_too_far_apart(theirs: list[float], tolerance: Tolerance, passes: bool) -> None:
+    ours = [np.array([-1.0, -2.0])]
+    if passes:
+        figures = compare(ours, [[np.array(theirs)]], tolerance, version=1)
+        assert figures["sync_mean_difference_nats"] == pytest.approx(abs(theirs[1] + 2) / 2)
+    else:
+        with pytest.raises(NumericsError, match="token 2 of canary 0"):
+            compare(ours, [[np.array(theirs)]], tolerance, version=1)
+
+
+def test_a_canary_leaves_room_for_the_token_an_engine_wants_to_write() -> None:
+    sequences = [np.arange(n, dtype=np.int32) for n in (1, 5, 100, 9)]
+    assert [len(s) for s in cut_canary(sequences, max_length=8)] == [5, 7, 7]
+    assert [len(s) for s in cut_canary(sequences, max_length=1000, count=2)] == [5, 64]
+    with pytest.raises(ValueError, match="two tokens"):
+        cut_canary(sequences[:1], max_length=8)
