@@ -92,6 +92,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(200, None)
             case "recover" if times == 1:
                 self.send(int(value), {"error": "not now"}, retry_after="0")
+            case "later" if times == 1:
+                self.send(int(value), {"error": "not now"}, retry_after="0.4")
             case "reset" if times == 1:  # a connection that breaks without an answer
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()
@@ -231,8 +233,14 @@ async def test_what_may_pass_is_asked_again(judge: Judge, grades: Callable[..., 
 
 async def test_waits_grow_with_each_failure(judge: Judge, grades: Callable[..., Any]) -> None:
     started = time.monotonic()
-    await grades(["status 500"], section(), attempts=3, first_wait_s=0.1)
-    assert time.monotonic() - started >= 0.75 * (0.1 + 0.2)
+    await grades(["status 500"], section(), attempts=4, first_wait_s=0.1)
+    assert time.monotonic() - started >= 0.75 * (0.1 + 0.2 + 0.4)
+
+
+async def test_a_judge_that_says_when_to_come_back_is_obeyed(grades: Callable[..., Any]) -> None:
+    started = time.monotonic()
+    assert await grades(["later 429"], section()) == [Grade(0.25)]
+    assert time.monotonic() - started >= 0.4
 
 
 async def test_no_more_requests_at_once_than_allowed(judge: Judge, grades: Callable[..., Any]) -> None:
@@ -247,6 +255,10 @@ async def test_a_judge_that_is_down_is_not_asked_for_every_sample(
     found = await grades([f"status 500 {n}" for n in range(10)], section(), max_concurrency=1, attempts=2)
     assert len(judge.requests) == 3 * 2
     assert found[9].error == "not asked: the judge failed 3 samples in a row"
+
+    now_and_then = ["status 500 a", "status 500 b", "score 1"] * 3
+    found = await grades(now_and_then, section(), max_concurrency=1, attempts=1)
+    assert [grade.reward for grade in found] == [None, None, 1.0] * 3
 
     nobody = Endpoint(url="http://127.0.0.1:1/v1", models=["judge-1"], attempts=1)
     [grade] = await build_grader(section(), endpoints=[nobody]).grade([GradeItem("x", {}, 1)])
