@@ -20,6 +20,7 @@ from modeseek_ray.service import (
     errors,
     events,
     files,
+    graders,
     jobs,
     logs,
     models,
@@ -95,7 +96,19 @@ def create_app(
     errors.install(app)
     app.add_middleware(RequestIds, metrics=metrics)
     # `events` first: its path is under a job's, and the routes of a job take what is left.
-    for module in (files, events, jobs, logs, validations, models, webhooks, drivers, operations, page):
+    for module in (
+        files,
+        events,
+        jobs,
+        graders,
+        logs,
+        validations,
+        models,
+        webhooks,
+        drivers,
+        operations,
+        page,
+    ):
         app.include_router(module.router)
     return app
 

@@ -24,6 +24,8 @@ USER_ROUTES = [
     ("GET", "/v1/fine_tuning/jobs"),
     ("POST", "/v1/fine_tuning/jobs"),
     ("POST", "/v1/fine_tuning/jobs/validate"),
+    ("POST", "/v1/fine_tuning/alpha/graders/run"),
+    ("POST", "/v1/fine_tuning/alpha/graders/validate"),
     ("GET", "/v1/fine_tuning/validations"),
     ("GET", "/v1/fine_tuning/validations/{check}"),
     ("GET", "/v1/fine_tuning/validations/{check}/report"),
