@@ -32,8 +32,8 @@ class Observer:
         """The experts to ask, int64 [N, K], in rows of -1 the router's own; None = its own everywhere."""
         return None
 
-    def took(self, router: Router, index_NK: Tensor) -> None:
-        """The router's forward is over; it asked these."""
+    def took(self, router: Router, index_NK: Tensor, live_NK: Tensor) -> None:
+        """The router's forward is over; it asked these, and by itself would have asked `live_NK`."""
 
 
 @contextmanager
@@ -68,13 +68,13 @@ class _Watched:
         observers = [last] if last.alone else list(self.observers)
         with _Choice(self.router, observers) as choice:
             output = self.forward(*args, **kwargs)
-        if choice.index_NK is None:
+        if choice.index_NK is None or choice.live_NK is None:
             raise RoutingError(
                 f"{self.router} did not choose {self.router.top_k} of {self.router.num_experts} experts by `topk`.",
                 mend="This architecture routes in a way that cannot be replayed; drop `routing_replay`.",
             )
         for observer in observers:
-            observer.took(self.router, choice.index_NK)
+            observer.took(self.router, choice.index_NK, choice.live_NK)
         return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -91,6 +91,7 @@ class _Choice(TorchFunctionMode):
         self._router = router
         self._observers = observers
         self.index_NK: Tensor | None = None
+        self.live_NK: Tensor | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -119,6 +120,7 @@ class _Choice(TorchFunctionMode):
 
     def _experts(self, live_NK: Tensor) -> Tensor:
         given_NK = self._given(live_NK)
+        self.live_NK = live_NK
         self.index_NK = torch.where(given_NK[:, :1] == LIVE, live_NK, given_NK)
         return self.index_NK
 

@@ -39,14 +39,18 @@ def record_routes(model: nn.Module) -> Recording:
     return Recording(model)
 
 
-def replay_routes(model: nn.Module, routes: Routes | Tensor) -> Replay:
+def replay_routes(model: nn.Module, routes: Routes | Tensor, *, keep_live: bool = False) -> Replay:
     """Make the one forward pass inside `with replay_routes(model, routes):` ask these experts.
 
     `routes` is `[B, S, L, K]` over the positions of the pass; a row of -1 leaves the choice to the
     router. The context may be left before the backward pass. Raises `RoutingError` for routes that do
     not fit, and on leaving it if a router did not take its routes; `ModelError` as `record_routes`.
+
+    `keep_live` keeps what each router would have chosen by itself, as `live_routes` of what is returned:
+    how far both are apart (`compare.compare_routes`) and how evenly routers load their experts
+    (`compare.router_load`) are questions about the live choice.
     """
-    return Replay(model, routes)
+    return Replay(model, routes, keep_live=keep_live)
 
 
 class _Pass(Observer):
@@ -68,7 +72,7 @@ class _Pass(Observer):
         self._chosen: dict[nn.Module, Tensor] = {}  # int16 [N, K]; also what a recomputation asks again
         self._contexts = ExitStack()
 
-    def took(self, router: Router, index_NK: Tensor) -> None:
+    def took(self, router: Router, index_NK: Tensor, live_NK: Tensor) -> None:
         if router.module in self._chosen:
             raise RoutingError(
                 f"{router} chose twice while routes were {self._verb}.",
@@ -79,6 +83,16 @@ class _Pass(Observer):
     def chosen(self, router: Router) -> Tensor:
         """What the router asked in this pass, int16 [N, K]."""
         return self._chosen[router.module]
+
+    def _gather(self, index: dict[nn.Module, Tensor]) -> NDArray[np.int16]:
+        """What routers kept, `[B, S, L, K]`."""
+        if self._shape is None or len(index) < len(self.routers):
+            raise RoutingError("no routes were kept.", mend="Make a forward pass inside the context first.")
+        samples, positions = self._shape
+        routes_NLK = np.full((samples * positions, len(self.layers), self.layers.width), LIVE, dtype=np.int16)
+        for router in self.routers:
+            routes_NLK[:, router.index, : router.top_k] = index[router.module].cpu().numpy()
+        return routes_NLK.reshape(samples, positions, *routes_NLK.shape[1:])
 
     def over(self, shape: tuple[int, int]) -> None:
         """The pass has reached the first routed layer, with these B x S positions."""
@@ -118,13 +132,7 @@ class Recording(_Pass):
     @property
     def routes(self) -> NDArray[np.int16]:
         """The experts every position asked, `[B, S, L, K]`; -1 fills up routers that ask fewer than K."""
-        if self._shape is None or len(self._chosen) < len(self.routers):
-            raise RoutingError("nothing was recorded yet.", mend="Make a forward pass inside the context.")
-        samples, positions = self._shape
-        routes_NLK = np.full((samples * positions, len(self.layers), self.layers.width), LIVE, dtype=np.int16)
-        for router in self.routers:
-            routes_NLK[:, router.index, : router.top_k] = self.chosen(router).cpu().numpy()
-        return routes_NLK.reshape(samples, positions, *routes_NLK.shape[1:])
+        return self._gather(self._chosen)
 
 
 class Replay(_Pass):
@@ -132,8 +140,9 @@ class Replay(_Pass):
 
     _verb = "replayed"
 
-    def __init__(self, model: nn.Module, routes: Routes | Tensor) -> None:
+    def __init__(self, model: nn.Module, routes: Routes | Tensor, *, keep_live: bool = False) -> None:
         super().__init__(model)
+        self._live: dict[nn.Module, Tensor] | None = {} if keep_live else None
         routes_BSLK = routes.detach().cpu().numpy() if isinstance(routes, Tensor) else np.asarray(routes)
         check_routes(routes_BSLK, self.layers)
         if routes_BSLK.ndim != 4:
@@ -153,6 +162,16 @@ class Replay(_Pass):
                 mend="Give every position a row, padding too (-1): modeseek_ray.routing.wire.batch_routes.",
             )
         super().over(shape)
+
+    @property
+    def live_routes(self) -> NDArray[np.int16]:
+        """What the routers would have asked by themselves, `[B, S, L, K]`, after layers that replayed."""
+        return self._gather(self._live or {})
+
+    def took(self, router: Router, index_NK: Tensor, live_NK: Tensor) -> None:
+        super().took(router, index_NK, live_NK)
+        if self._live is not None:
+            self._live[router.module] = live_NK.to(torch.int16)
 
     def given(self, router: Router, num_tokens: int, device: torch.device) -> Tensor:
         if num_tokens != len(self._routes_NLK):

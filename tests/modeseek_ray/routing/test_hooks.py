@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from modeseek_ray.errors import ModelError, RoutingError
 from modeseek_ray.routing import record_routes, replay_routes
+from modeseek_ray.routing.compare import compare_routes
 from modeseek_ray.routing.hooks import Recording
 from tests.modeseek_ray.routing.models import build, tokens
 
@@ -96,6 +97,24 @@ def test_positions_are_not_mixed_up(model: Any) -> None:
 
     assert not differs[0].any() and not differs[2].any()
     assert differs[1].tolist() == [False, False, False, True, True]
+
+
+def test_a_replay_can_say_what_routers_would_have_done(model: Any) -> None:
+    """In the first layer that is the live choice; later layers see what other experts made of the tokens."""
+    ids = tokens()
+    own = routes_of(model, ids)
+    other = (own + 1) % 6
+
+    with replay_routes(model, other, keep_live=True) as replay:
+        model(ids)
+    with replay_routes(model, other) as forgetful:
+        model(ids)
+
+    assert (replay.live_routes[:, :, 0] == own[:, :, 0]).all()
+    assert not (replay.live_routes[:, :, 1] == other[:, :, 1]).all()
+    assert compare_routes(replay.live_routes, other).share_differing_L[0] > 0
+    with pytest.raises(RoutingError, match="no routes were kept"):
+        _ = forgetful.live_routes
 
 
 @pytest.mark.parametrize("inside_out", [False, True])
