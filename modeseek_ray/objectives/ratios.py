@@ -80,24 +80,31 @@ def delta_sums(
     if len(log_M) == 0:
         return DeltaSums()
     delta_M = log_M.expm1()
-    num_tokens_B = torch.bincount(sample_M, minlength=num_samples)
     sum_B = sum_by_sample(delta_M, sample_M, num_samples).abs()
     squares_B = sum_by_sample(delta_M.square(), sample_M, num_samples)
+    none_M = torch.zeros_like(known_M)
+    columns = {
+        "num_samples": torch.bincount(sample_M, minlength=num_samples) > 0,
+        "delta": delta_M,
+        "abs_delta": delta_M.abs(),
+        "squared_delta": delta_M.square(),
+        "abs_sum_delta": sum_B,
+        "num_far": (sum_B > DELTA_LIMIT) | (squares_B > DELTA_LIMIT),
+        "num_clipped_low": none_M if factor is None else factor.low_M,
+        "num_clipped_high": none_M if factor is None else factor.high_M,
+        "k3": delta_M - log_M,
+        "num_over_two": log_M.abs() > math.log(2),
+    }
+    totals = [column.sum(dtype=torch.float64) for column in columns.values()]
+    largest = [delta_M.abs().max(), sum_B.max(), squares_B.max()]
+    *sums, max_abs_delta, max_abs_sum_delta, max_sum_squared_delta = torch.stack(totals + largest).tolist()
+    found = {k: int(v) if k.startswith("num_") else v for k, v in zip(columns, sums, strict=True)}
     return DeltaSums(
         num_tokens=len(log_M),
-        num_samples=int((num_tokens_B > 0).sum()),
-        delta=float(delta_M.sum()),
-        abs_delta=float(delta_M.abs().sum()),
-        squared_delta=float(delta_M.square().sum()),
-        abs_sum_delta=float(sum_B.sum()),
-        num_far=int(((sum_B > DELTA_LIMIT) | (squares_B > DELTA_LIMIT)).sum()),
-        num_clipped_low=0 if factor is None else int(factor.low_M.sum()),
-        num_clipped_high=0 if factor is None else int(factor.high_M.sum()),
-        k3=float((delta_M - log_M).sum()),
-        num_over_two=int((log_M.abs() > math.log(2)).sum()),
-        max_abs_delta=float(delta_M.abs().max()),
-        max_abs_sum_delta=float(sum_B.max()),
-        max_sum_squared_delta=float(squares_B.max()),
+        max_abs_delta=max_abs_delta,
+        max_abs_sum_delta=max_abs_sum_delta,
+        max_sum_squared_delta=max_sum_squared_delta,
+        **found,
     )
 
 

@@ -288,6 +288,26 @@ def token_log_probs(rank: TrainerRank, samples: Sequence[Sample]) -> list[np.nda
     return found
 
 
+def pasts_of(_: TrainerRank, samples: Sequence[Sample], log_probs: Sequence[float]) -> list[float]:
+    """Keep each sample with one log-probability for all its tokens, one micro-batch each; what is found again."""
+    import torch
+
+    from actors.begun import Begun
+    from actors.forward import Forward
+    from modeseek_ray.objectives.collate import collate
+    from modeseek_ray.objectives.logprobs import TokenScores
+
+    begun = Begun()
+    for i, log_prob in enumerate(log_probs):
+        batch = collate(samples, [i], pad_id=0)
+        log_prob_M = torch.full(batch.target_M.shape, log_prob)
+        scores = TokenScores(log_prob_M, torch.ones_like(log_prob_M, dtype=torch.bool))
+        begun.keep(samples, Forward(np.array([i]), batch, scores))
+    pasts = begun.of(samples)
+    assert pasts is not None
+    return [float(past.log_prob_T.mean()) for past in pasts]
+
+
 def partition_status(rank: TrainerRank) -> list[str]:
     """ZeRO-3's word on every parameter: NOT_AVAILABLE where this process holds a part only."""
     parameters: Any = rank._ready()._module.parameters()

@@ -120,6 +120,20 @@ def test_r2_replays_what_the_policy_asked_when_the_batch_began(
     assert hashes[2] != hashes[0]
 
 
+def test_r2_does_not_step_on_graphs_that_were_routed_live(
+    start: Start, samples: list[Sample], tiny_moe: Path
+) -> None:
+    """Scored again after the weights have moved, then stepped on: the routes are still those of `begin`."""
+    hashes = []
+    for keep_graph in ("auto", "never"):
+        trainer = start(model=tiny_moe, objective=Objective(routing_replay="R2"), keep_graph=keep_graph)
+        run(trainer, samples, [*HALVES, *HALVES], rate=3e-2)
+        trainer.score(samples)
+        trainer.step(samples, plan_for(samples, VALUES, step=4))
+        hashes.append(trainer.sha256())
+    assert hashes[0] == hashes[1]
+
+
 def test_scoring_follows_the_samples_routes_and_evaluation_does_not(
     start: Start, samples: list[Sample], tiny_moe: Path, live: list[np.ndarray]
 ) -> None:
@@ -176,6 +190,7 @@ class TestFigures:
             for s, log_prob_T in zip(batch, forward, strict=True)
         ]
         assert "routes/changed_tokens" not in self.figures(trainer, sampled)
+        expected_sha256 = trainer.sha256()
         comparing = start(
             model=tiny_moe, objective=R3, micro_batch_size=8, zero_stage=zero_stage, compare_routes=True
         )
@@ -183,6 +198,9 @@ class TestFigures:
         assert {k: figures[k] for k in self.expected(batch)} == pytest.approx(self.expected(batch))
         assert figures["mismatch/max_abs_delta"] == 0
         assert figures["mismatch_live/max_abs_delta"] > 1e-4
+        assert comparing.sha256() == expected_sha256, (
+            "looking changes nothing, kept graphs on ZeRO-3 least of all"
+        )
 
 
 class TestRefused:
