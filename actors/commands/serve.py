@@ -49,13 +49,15 @@ def serve(options: ServeOptions) -> None:
             from actors.ray_jobs import RayJobsLauncher
 
             url = f"http://{options.host}:{options.port}"
+            # Drivers on other nodes cannot call 0.0.0.0.
+            advertised = os.environ.get("MODESEEK_ADVERTISE_URL", url)
             validator = ProcessValidator(home)
             reconciler = Reconciler(
                 store,
                 home,
                 RayJobsLauncher(dashboard, home.root),
                 validator,
-                url=url,
+                url=advertised,
                 settings=ReconcilerSettings(
                     max_running_jobs=options.max_running_jobs, pause_grace_s=options.pause_grace_s
                 ),

@@ -1,0 +1,48 @@
+# syntax=docker/dockerfile:1
+# modeseek-ray for NVIDIA GPUs. NOT YET BUILT OR RUN (see the README).
+#   docker build -f deploy/docker/cuda.Dockerfile -t modeseek-ray:0.1.0-cuda .
+# One image for the service, Ray's head and Ray's workers: they have to agree on every version, and a
+# job's entry point names the interpreter by its full path.
+FROM python:3.11.14-slim-bookworm AS build
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+WORKDIR /opt/modeseek
+# Only what decides the environment, so that a change of the code does not install it anew.
+COPY pyproject.toml README.md LICENSE ./
+COPY modeseek_ray/__init__.py modeseek_ray/
+COPY actors/__init__.py actors/
+# The CUDA libraries come as wheels with torch and vLLM; the host brings the driver and the container runtime.
+COPY deploy/requirements deploy/requirements
+RUN python -m venv .venv \
+    && .venv/bin/pip install --no-cache-dir --disable-pip-version-check -r deploy/requirements/cuda.txt \
+    && .venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps --no-build-isolation --editable .
+COPY modeseek_ray modeseek_ray
+COPY actors actors
+RUN find . -name __pycache__ -prune -exec rm -rf {} +
+
+FROM python:3.11.14-slim-bookworm
+# wget is what KubeRay asks the health of Ray's processes with.
+# No versions: Debian keeps only the newest of a release, so a pin would break the build within weeks.
+# A C compiler, because Triton builds its launchers when a kernel is first used.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev libgomp1 libnuma1 tini wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp modeseek \
+    && install -d -o 10001 -g 10001 -m 0700 /var/lib/modeseek
+COPY --from=build /opt/modeseek /opt/modeseek
+ENV PATH=/opt/modeseek/.venv/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    MODESEEK_HOME=/var/lib/modeseek \
+    RAY_AUTH_MODE=token \
+    DS_ACCELERATOR=cuda \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    HF_HUB_OFFLINE=1 \
+    VLLM_NO_USAGE_STATS=1
+USER 10001:10001
+WORKDIR /var/lib/modeseek
+VOLUME /var/lib/modeseek
+EXPOSE 8420
+ENTRYPOINT ["tini", "--"]
+CMD ["modeseek", "serve", "--host", "0.0.0.0"]
