@@ -13,7 +13,8 @@ from typing import Any, Literal, Protocol
 
 from actors.roles import Desired
 from actors.trackers import Trackers
-from modeseek_ray.reports.results import MetricsWriter, WeightsWriter, flatten
+from modeseek_ray.reports.results import MetricsWriter, WeightsWriter, flatten, read_metrics
+from modeseek_ray.retention import RetentionCourse
 from modeseek_ray.types import EvalReport, Group, StepReport, Weights
 
 PROGRESS_EVERY_S = 5.0
@@ -45,11 +46,13 @@ class ResultJournal:
     def __init__(
         self, results: Path, sink: Sink, *, attempt: int = 1, trackers: Trackers | None = None
     ) -> None:
+        self._results = results
         self._sink = sink
         self._trackers = trackers or Trackers({})
         self._attempt = attempt
         self._metrics = MetricsWriter(results)
         self._weights = WeightsWriter(results)
+        self._retention = RetentionCourse()
         self._status: dict[str, Any] = {}
         self._steps_here = 0
         self._seconds_here = 0.0
@@ -87,6 +90,7 @@ class ResultJournal:
 
     async def evaluated(self, step: int, reports: Mapping[str, EvalReport]) -> None:
         figures = flatten(None, None, reports)
+        figures |= self._retention.add(figures)
         self._metrics.evaluated(step, figures)
         await self._track(step, figures)
         self._emit("metrics", f"Evaluated at step {step}.", {"step": step, **figures})
@@ -114,6 +118,7 @@ class ResultJournal:
     def resume_from(self, step: int) -> None:
         """Forget what an earlier attempt recorded beyond the checkpoint that is loaded."""
         self._metrics.truncate_after(step)
+        self._retention = RetentionCourse.of(read_metrics(self._results).columns)
         self._weights.truncate_after(step)
         self._trackers.resume_from(step)
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeseek_ray.retention import (
+    RetentionCourse,
     TaskChange,
     forgetting,
     forgetting_path,
@@ -74,3 +75,24 @@ def test_retention_at_success_interpolates_the_first_crossing() -> None:
     assert retention_at_success([0.95, 1.0], [0.8, 0.1]) == 0.8
     assert retention_at_success([0.0, 0.5], [1.0, 1.0]) is None
     assert retention_at_success([0.0, np.nan, 1.0], [1.0, 0.0, 0.0], target=0.5) == 0.5
+
+
+def test_the_course_of_a_running_job_follows_accuracy_else_loss() -> None:
+    course = RetentionCourse()
+    course.add({"retention.accuracy": 0.5, "retention.nll": 2.0, "retention.odd.nll": 1.0, "loss": 9.0})
+    course.add({"retention.accuracy": 0.75, "retention.nll": 9.0, "retention.odd.nll": 0.5})
+    assert course.add({"retention.accuracy": 0.25, "retention.odd.nll": 0.75, "validation.nll": 0.0}) == {
+        "retention.change": -0.25,
+        "retention.forgetting": 0.5,
+        "retention.odd.change": -0.25,
+        "retention.odd.forgetting": 0.25,
+    }
+
+
+def test_a_resumed_job_remembers_the_best_of_its_earlier_attempt() -> None:
+    columns = {"retention.accuracy": np.array([0.5, np.nan, 1.0]), "loss": np.array([np.nan, 1.0, 1.0])}
+    course = RetentionCourse.of(columns)
+    assert course.add({"retention.accuracy": 0.75}) == {
+        "retention.change": 0.25,
+        "retention.forgetting": 0.25,
+    }
