@@ -113,9 +113,10 @@ class HttpSink:
 
     async def _beat_forever(self) -> None:
         while True:
+            asked = time.monotonic()  # the service counts from when it heard, which is later
             try:
                 self._wanted = await self._client.heartbeat(dict(self._status))
-                self._renewed = time.monotonic()
+                self._renewed = asked
             except ServiceError as error:
                 self._note(error)
             await asyncio.sleep(HEARTBEAT_S)

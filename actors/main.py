@@ -67,6 +67,7 @@ def serve(
         list[str] | None,
         typer.Option(help="Private network that webhooks may be sent to, `10.0.0.0/8`. Repeatable."),
     ] = None,
+    json_logs: Annotated[bool, typer.Option("--json-logs", help="One JSON object a line on stderr.")] = False,
 ) -> None:
     """Start the service and a Ray head on this machine. Ctrl-C ends both; jobs go on at the next start."""
     from actors.commands.serve import ServeOptions
@@ -76,6 +77,7 @@ def serve(
         host=host, port=port, home=_home(home).root, ray_address=ray_address, ray_cpus=ray_cpus,
         max_running_jobs=max_running_jobs, roots=tuple(root or ()), pause_grace_s=pause_grace,
         requests_per_minute=requests_per_minute, webhook_networks=tuple(webhook_network or ()),
+        log_format="json" if json_logs else "text",
     )  # fmt: skip
     run_service(options)
 

@@ -23,6 +23,7 @@ from modeseek_ray.client import AttemptClient
 from modeseek_ray.errors import ModeseekError
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.spec import JobSpec
+from modeseek_ray.jobs.structured_logs import about, configure
 from modeseek_ray.rewards.endpoints import read_endpoints
 
 log = logging.getLogger(__name__)
@@ -33,11 +34,13 @@ BEFORE_THE_LOOP = ("score", "setup")  # sections of `Attempt` and `Driver` in wh
 
 def drive(job_id: str, attempt: int, secret: Path, home: Path) -> int:
     """Run the attempt. The exit code says whether it ended in a state the service knows of."""
+    configure("text")
     credentials = json.loads(secret.read_text(encoding="utf-8"))
     client = AttemptClient(
         credentials["url"], job_id, attempt, token=credentials["token"], fence=credentials["fence"]
     )
-    return asyncio.run(_drive(client, Home(home), job_id, attempt))
+    with about(job=job_id, attempt=attempt):
+        return asyncio.run(_drive(client, Home(home), job_id, attempt))
 
 
 async def _drive(client: AttemptClient, home: Home, job_id: str, number: int) -> int:
@@ -138,5 +141,5 @@ def _wire_error(error: ModeseekError) -> dict[str, str | None]:
 def _unforeseen(error: Exception) -> ModeseekError:
     return ModeseekError(
         f"the driver failed: {error!r}.",
-        mend="The traceback is in the attempt's log (`modeseek doctor` says where Ray keeps it); please report it.",
+        mend="The traceback is in the attempt's log (`modeseek logs JOB`); please report it.",
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -14,6 +16,7 @@ from actors import ray_head
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
 from modeseek_ray.jobs.store import Store
+from modeseek_ray.jobs.structured_logs import configure
 from modeseek_ray.jobs.validation import ProcessValidator
 from modeseek_ray.service import ServiceSettings, create_app
 from modeseek_ray.service.deliveries import parse_networks
@@ -34,12 +37,14 @@ class ServeOptions:
     pause_grace_s: float = 300.0
     requests_per_minute: int | None = None
     webhook_networks: tuple[str, ...] = ()
+    log_format: Literal["text", "json"] = "text"
 
 
 def serve(options: ServeOptions) -> None:
     """Serve until interrupted. A port or a home in use, or missing keys, are said before Ray is started."""
     home = Home(options.home)
     console = Console(stderr=True, highlight=False)
+    configure(options.log_format, logging.WARNING if options.log_format == "text" else logging.INFO)
     parse_networks(options.webhook_networks)
     with only_service(home), listen(options.host, options.port) as listener:
         store = Store(home.store_url)

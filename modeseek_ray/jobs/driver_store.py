@@ -6,7 +6,7 @@ import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, insert, select, update
 
@@ -40,6 +40,14 @@ class Progress:
     section: str | None = None
     deadline_s: float | None = None
     hyperparameters: Mapping[str, Any] | None = None
+
+
+class Appended(NamedTuple):
+    """What became of a batch of events."""
+
+    acknowledged: int  # the newest of the driver's numbers that is stored
+    desired: str
+    fresh: Sequence[EventDraft]  # those that were not stored before
 
 
 class DriverStore:
@@ -77,11 +85,10 @@ class DriverStore:
             update_attempt(connection, job.id, bearer.attempt, heartbeat_at=now, lease_until=lease_until)
         return job.desired, lease_until
 
-    def append_events(self, bearer: Bearer, drafts: Sequence[EventDraft]) -> tuple[int, str]:
+    def append_events(self, bearer: Bearer, drafts: Sequence[EventDraft]) -> Appended:
         """Store the driver's events, numbered 1, 2, 3 ... by itself; those known already are passed over.
 
-        Returns the newest number stored and what is desired. A gap in the numbers ends the batch:
-        the driver sends again from the acknowledged number on.
+        A gap in the numbers ends the batch: the driver sends again from the acknowledged number on.
         """
         now = self._database.clock()
         with self._database.write() as connection:
@@ -98,7 +105,7 @@ class DriverStore:
                 update_attempt(connection, job.id, bearer.attempt, last_sequence=newest)
         if fresh:
             self._database.announce(job.id)
-        return newest, job.desired
+        return Appended(newest, job.desired, fresh)
 
     def commit_checkpoint(
         self, bearer: Bearer, step: int, path: Path, metrics: Mapping[str, Any], model: str

@@ -23,6 +23,7 @@ from modeseek_ray.jobs.queue import startable
 from modeseek_ray.jobs.records import EventDraft, JobRecord
 from modeseek_ray.jobs.states import ATTENDED
 from modeseek_ray.jobs.store import Store
+from modeseek_ray.jobs.structured_logs import about
 
 __all__ = ["Reconciler", "ReconcilerSettings"]
 
@@ -252,11 +253,13 @@ class Reconciler:
     async def _guarded(self, job: JobRecord, work: Coroutine[Any, Any, Any]) -> None:
         """Another writer may be faster: then the next pass decides anew from what the store says."""
         try:
-            await work
+            with about(job=job.id, attempt=job.attempt):
+                await work
         except (ConflictError, IllegalTransitionError) as error:
             log.debug("%s moved on meanwhile: %s", job.id, error)
         except Exception:
-            log.exception("reconciling %s failed; trying again", job.id)
+            with about(job=job.id, attempt=job.attempt):
+                log.exception("reconciling %s failed; trying again", job.id)
 
     async def _end_tasks(self) -> None:
         tasks = list(self._tasks.values())

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 
 from modeseek_ray.jobs.database import Database
 from modeseek_ray.jobs.errors import NotFoundError
@@ -178,6 +178,12 @@ class WebhookStore:
             values["next_at"] = now + RETRIES_S[tries - 1] if tries <= len(RETRIES_S) else None
         with self._database.write() as connection:
             connection.execute(update(webhook_deliveries).where(*_key(delivery)).values(**values))
+
+    def waiting(self) -> int:
+        """Events that some endpoint has not confirmed, and that are not given up."""
+        query = select(func.count()).where(webhook_deliveries.c.next_at.is_not(None))
+        with self._database.read() as connection:
+            return int(connection.execute(query).scalar_one())
 
     def deliveries(self, endpoint_id: str) -> list[DeliveryRecord]:
         """All that was ever for this endpoint, oldest first."""

@@ -140,9 +140,9 @@ async def add_events(request: Request, bearer: BearerDep, service: ServiceDep) -
         )
         for event in batch.events
     ]
-    acknowledged, desired = await run_in_threadpool(service.store.drivers.append_events, bearer, drafts)
-    service.metrics.driver_events.inc(len(drafts))
-    return {"acknowledged": acknowledged, "desired": desired}
+    stored = await run_in_threadpool(service.store.drivers.append_events, bearer, drafts)
+    service.metrics.observe_events(stored.fresh, service.store.database.clock())
+    return {"acknowledged": stored.acknowledged, "desired": stored.desired}
 
 
 @router.post("/checkpoints")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from modeseek_ray.jobs.records import EventDraft
 from modeseek_ray.jobs.states import TRANSITIONS
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.service.notify import Notifier
 
+STEP_PARTS = ("score", "forward", "backward", "optimizer", "sync", "total")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -28,12 +32,62 @@ class Metrics:
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
             registry=self._registry,
         )
-        self.driver_events = Counter(
+        self._driver_events = Counter(
             "modeseek_driver_events", "Events stored for drivers.", registry=self._registry
         )
+        self._event_lag = Histogram(
+            "modeseek_event_lag_seconds",
+            "From the driver's event to its place in the store.",
+            buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+            registry=self._registry,
+        )
+        self._steps = Counter("modeseek_steps", "Optimizer steps reported.", registry=self._registry)
+        self._trained_tokens = Counter(
+            "modeseek_trained_tokens", "Tokens trained on in those steps.", registry=self._registry
+        )
+        self._ess = Histogram(
+            "modeseek_ess_ratio",
+            "Effective sample size of each step's weights, over the batch.",
+            buckets=[i / 10 for i in range(1, 11)],
+            registry=self._registry,
+        )
+        self._part_seconds = Histogram(
+            "modeseek_step_part_seconds",
+            "Time of one part of a step: score, forward, backward, optimizer, sync, total.",
+            ("part",),
+            buckets=(0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800),
+            registry=self._registry,
+        )
+
+    def observe_events(self, drafts: Sequence[EventDraft], now: float) -> None:
+        """Count what a driver has delivered; figures of steps are read from its metrics events."""
+        self._driver_events.inc(len(drafts))
+        for draft in drafts:
+            if draft.created_at is not None:
+                self._event_lag.observe(max(0.0, now - draft.created_at))
+            if draft.type == "metrics" and "loss" in draft.data:
+                self._observe_step(draft.data)
+
+    def _observe_step(self, data: Mapping[str, Any]) -> None:
+        self._steps.inc()
+        self._trained_tokens.inc(_number(data.get("num_tokens")) or 0.0)
+        ess_ratio = _number(data.get("ess_ratio"))
+        if ess_ratio is not None:
+            self._ess.observe(ess_ratio)
+        for part in STEP_PARTS:
+            seconds = _number(data.get(f"seconds_{part}"))
+            if seconds is not None:
+                self._part_seconds.labels(part).observe(seconds)
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
+
+
+def _number(value: Any) -> float | None:
+    """A driver's figure, if it is one: a Prometheus counter goes up, and NaN would stay in a sum for ever."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value) if value >= 0 else None
 
 
 class _StoreCollector(Collector):
@@ -52,6 +106,18 @@ class _StoreCollector(Collector):
         for state in TRANSITIONS:
             jobs.add_metric((state,), counts.get(state, 0))
         yield jobs
+        queued = self._store.jobs.in_states("queued")
+        oldest = min((job.state_at for job in queued), default=None)
+        waited = 0.0 if oldest is None else max(0.0, self._store.database.clock() - oldest)
+        yield GaugeMetricFamily("modeseek_queue_length", "Jobs that wait for their turn.", value=len(queued))
+        yield GaugeMetricFamily(
+            "modeseek_queue_oldest_seconds", "How long the longest of them has waited.", value=waited
+        )
+        yield GaugeMetricFamily(
+            "modeseek_webhooks_waiting",
+            "Webhook events not confirmed yet.",
+            value=self._store.webhooks.waiting(),
+        )
         # Sums, not one figure per job: anybody who reaches this page may read it.
         running = self._store.jobs.in_states("running", "checkpointing")
         speed = sum(job.tokens_per_s or 0.0 for job in running)

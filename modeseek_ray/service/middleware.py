@@ -9,6 +9,7 @@ from collections.abc import Callable
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from modeseek_ray.jobs.structured_logs import about
 from modeseek_ray.service.errors import RequestError, error_response
 from modeseek_ray.service.metrics import Metrics
 
@@ -44,7 +45,8 @@ class RequestIds:
             # PostgreSQL cannot even compare with such a text.
             app = error_response(RequestError("the URL holds a NUL character.", mend="Leave it away."))
         try:
-            await app(scope, receive, send_with_id)
+            with about(request=request_id):
+                await app(scope, receive, send_with_id)
         finally:
             for end in on_end:
                 end()

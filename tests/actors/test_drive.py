@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors import http_sink
 from actors.commands import drive
+from modeseek_ray.errors import ServiceError
+from modeseek_ray.jobs.paths import Home
 
 
 class Wish:
@@ -47,3 +51,34 @@ async def test_a_pause_is_left_to_the_loop_once_there_is_something_to_save(
 ) -> None:
     monkeypatch.setattr(drive, "CANCEL_GRACE_S", 0.0)
     assert await _ending(desired, section) == state
+
+
+async def test_a_driver_whose_lease_is_lost_ends_its_work_and_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another attempt may be running: it neither goes on nor reports a failure."""
+    ended, said = asyncio.Event(), []
+
+    class Away:
+        """A service that never answers."""
+
+        async def heartbeat(self, progress: Any) -> str:
+            raise ServiceError("away.", code="unreachable", http_status=503)
+
+        async def transition(self, to: str, **_: Any) -> None:
+            said.append(to)
+
+    async def work(*_: Any) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(http_sink, "LEASE_S", 0.1)
+    monkeypatch.setattr(http_sink, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(drive, "_work", work)
+    home = Home(tmp_path)
+    home.attempt("ftjob-1", 1).mkdir(parents=True)
+    client: Any = Away()
+    assert await asyncio.wait_for(drive._drive(client, home, "ftjob-1", 1), 10) == 1
+    assert (ended.is_set(), said) == (True, [])

@@ -128,6 +128,48 @@ async def test_silence_ends_the_attempt_when_the_lease_has_run_out(
         await sink.transition("running")
 
 
+async def test_a_lease_is_counted_from_the_question_not_from_a_late_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is 0.3 s on its way; after it the lease of 0.2 s is over, and the next silence ends it."""
+
+    class Slow(FlakyService):
+        calls = 0
+
+        async def heartbeat(self, progress: Mapping[str, Any]) -> str:
+            self.calls += 1
+            if self.calls > 1:
+                raise ServiceError("away.", code="unreachable", http_status=503)
+            await asyncio.sleep(0.3)
+            return "run"
+
+    monkeypatch.setattr(http_sink, "LEASE_S", 0.2)
+    sink = _sink(Slow(), tmp_path)
+    sink.start()
+    started = asyncio.get_running_loop().time()
+    await asyncio.wait_for(sink.lost(), 5)
+    assert asyncio.get_running_loop().time() - started < 0.45
+    await sink.close()
+
+
+async def test_what_is_spooled_while_the_service_is_away_arrives_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = FlakyService(failures=20)
+    sink = _sink(service, tmp_path)
+    sink.start()
+    _emit(sink, 3)
+    await asyncio.sleep(0.05)
+    assert service.stored == {}
+    assert len((tmp_path / "spool.jsonl").read_text().splitlines()) == 3  # on disk meanwhile
+    for _ in range(200):
+        await asyncio.sleep(0.02)
+        if len(service.stored) == 3:
+            break
+    assert sorted(service.stored) == [1, 2, 3]
+    await sink.close()
+
+
 async def test_the_heartbeat_brings_what_the_user_wants(tmp_path: Path) -> None:
     sink = _sink(FlakyService(), tmp_path)
     assert sink.desired() == "run"
