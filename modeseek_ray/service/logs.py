@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response
 
 from modeseek_ray.jobs.errors import NotFoundError
 from modeseek_ray.service.context import CallerDep, ServiceDep
@@ -15,7 +15,12 @@ from modeseek_ray.service.errors import ERROR_RESPONSES
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"], responses=ERROR_RESPONSES)
 
 
-@router.get("/{job_id}/logs", response_class=PlainTextResponse)
+@router.get(
+    "/{job_id}/logs",
+    # Not PlainTextResponse: the document would then promise errors in plain text, too.
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def job_logs(
     job_id: str,
     service: ServiceDep,
