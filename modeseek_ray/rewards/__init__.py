@@ -17,7 +17,7 @@ from modeseek_ray.rewards.grader import (
 
 # isort: split
 from modeseek_ray.rewards.build import build_grader, check_grader, local_models
-from modeseek_ray.rewards.endpoints import Endpoint, operator_endpoints, read_endpoints
+from modeseek_ray.rewards.endpoints import Endpoint, read_endpoints
 from modeseek_ray.rewards.parameters import GraderSection
 from modeseek_ray.rewards.score_model import Classifier
 
@@ -34,7 +34,6 @@ __all__ = [
     "build_grader",
     "check_grader",
     "local_models",
-    "operator_endpoints",
     "read_endpoints",
     "refuse_if_failing",
 ]

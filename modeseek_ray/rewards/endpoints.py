@@ -22,7 +22,6 @@ from modeseek_ray.errors import ConfigError
 from modeseek_ray.rewards.parameters import ScoreModel
 from modeseek_ray.strict import Strict, error_path
 
-FILE_NAME = "grader-endpoints.yaml"
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -108,12 +107,6 @@ def read_endpoints(path: Path) -> tuple[Endpoint, ...]:
             mend="modeseek_ray/rewards/README.md has an example.",
         ) from None
     return tuple(found.endpoints)
-
-
-def operator_endpoints(home: Path) -> tuple[Endpoint, ...]:
-    """The list in the service's home, which jobs and the service read; none where there is no such file."""
-    path = home / FILE_NAME
-    return read_endpoints(path) if path.exists() else ()
 
 
 class _File(Strict):

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from modeseek_ray.config import config_error
-from modeseek_ray.rewards import Endpoint, Grade, GradeItem, GraderSection, build_grader, operator_endpoints
+from modeseek_ray.rewards import Endpoint, Grade, GradeItem, GraderSection, build_grader, read_endpoints
 from modeseek_ray.rewards.parameters import LengthPenalty, Multi
 from modeseek_ray.service.body import read_json
 from modeseek_ray.service.context import CallerDep, ServiceDep
@@ -104,7 +104,7 @@ async def run_grader(request: Request, service: ServiceDep, caller: CallerDep) -
         raise RequestError(
             "length_penalty needs the number of tokens.", mend="Add num_tokens beside model_sample."
         )
-    endpoints = [_for_one(endpoint) for endpoint in operator_endpoints(service.home.root)]
+    endpoints = [_for_one(endpoint) for endpoint in read_endpoints(service.home.endpoints)]
     grader = build_grader(body.grader, endpoints=endpoints)
     started = time.monotonic()
     try:

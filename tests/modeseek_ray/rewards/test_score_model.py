@@ -353,6 +353,7 @@ def test_what_is_wrong_is_refused(more: dict[str, Any], said: str) -> None:
 
 def test_the_operator_s_list(tmp_path: Path) -> None:
     path = tmp_path / "endpoints.yaml"
+    assert read_endpoints(path) == ()  # nobody is allowed where there is no list
     path.write_text(
         "endpoints:\n- url: https://judge.example/v1\n  models: [judge-1]\n  max_concurrency: 4\n"
     )

@@ -90,9 +90,7 @@ def test_judges_are_those_of_the_operator_s_list(start_service: Any, tmp_path: A
     with pytest.raises(openai.BadRequestError, match="no model of an allowed endpoint"):
         run(service, judge, "Paris")
 
-    (service.home.root / "grader-endpoints.yaml").write_text(
-        "endpoints:\n- url: http://127.0.0.1:1/v1\n  models: [judge]\n"
-    )
+    service.home.endpoints.write_text("endpoints:\n- url: http://127.0.0.1:1/v1\n  models: [judge]\n")
     for grader in (judge, {**judge, "base_url": "http://127.0.0.1:1/v1"}):
         result = run(service, grader, "Paris")
         assert result.reward is None
