@@ -35,10 +35,12 @@ test: check playground  ## Everything: environment, checks, small models (cached
 test-page: setup-dev  ## The web page in a real browser; needs a Chromium (apt install chromium, or MODESEEK_CHROMIUM=)
 	@MODESEEK_PAGE_TESTS=required $(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS) tests/modeseek_ray/service/browser
 
-check: setup-dev  ## Lint, formatting and types
+check: setup-dev  ## Lint, formatting and types; Dockerfiles and compose
 	@echo "check: ruff" && .venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@echo "check: mypy" && .venv/bin/mypy
+	@echo "check: deploy/" && .venv/bin/hadolint deploy/docker/*.Dockerfile
+	@.venv/bin/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 format: setup-dev  ## Put the code into shape: ruff's safe fixes, then its formatter
 	@.venv/bin/ruff check --fix .

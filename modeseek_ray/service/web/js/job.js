@@ -82,6 +82,7 @@ export function jobView(place, jobId) {
     const known = [
       ["Step", total ? `${step} of ${total}` : String(step)],
       ["Place in the queue", job.queue_position && String(job.queue_position)],
+      ["Starts about", job.estimated_start && !hasEnded(job) && step === 0 ? moment(job.estimated_start) : null],
       ["Time left", eta ? seconds(eta) : null],
       ["Tokens per second", speed ? number(Math.round(speed)) : null],
       ["Loss", number(last("loss"))],
@@ -92,7 +93,7 @@ export function jobView(place, jobId) {
       ["Created", moment(job.created_at)],
       ["Finished", job.finished_at ? moment(job.finished_at) : null],
       ["Model", job.fine_tuned_model],
-    ].filter(([, value]) => value !== null && value !== "–");
+    ].filter(([, value]) => value && value !== "–");
     if (facts.childElementCount !== known.length) put(facts, ...known.map(() => h("div", {}, h("dt"), h("dd"))));
     known.forEach(([name, value], i) => {
       say(facts.children[i].firstChild, name);
@@ -134,6 +135,9 @@ export function jobView(place, jobId) {
       if (isPossible && (await supports("POST", `${TEMPLATE}/${action}`).catch(() => false))) buttons.push(button(label, () => ask(action)));
     }
     if (job.status === "succeeded") buttons.push(button("Report", () => download(jobPath(jobId, "/report"), `${jobId}.html`)));
+    if (job.attempt && (await supports("GET", `${TEMPLATE}/logs`).catch(() => false))) {
+      buttons.push(button("Driver's log", () => download(jobPath(jobId, "/logs"), `${jobId}.log`)));
+    }
     buttons.push(h("a.button", { href: `#/submit?like=${encodeURIComponent(jobId)}` }, "Again, with changes"),
       h("a.button", { href: `#/compare/${encodeURIComponent(jobId)}` }, "Compare"));
     put(actions, ...buttons);

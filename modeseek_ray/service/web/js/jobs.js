@@ -102,7 +102,8 @@ function makeRow(job, chosen, choose) {
     const { step, total_steps: total, eta_s: eta, tokens_per_s: speed } = now.progress;
     bar.hidden = !total;
     if (total) bar.value = step / total;
-    const parts = [total ? `${step}/${total}` : "", hasEnded(now) ? "" : speed ? `${number(Math.round(speed))} tokens/s` : "", eta ? `${seconds(eta)} left` : ""];
+    const parts = [total ? `${step}/${total}` : "", hasEnded(now) ? "" : speed ? `${number(Math.round(speed))} tokens/s` : "", eta ? `${seconds(eta)} left` : "",
+      now.queue_position && now.estimated_start ? `starts about ${moment(now.estimated_start)}` : ""];
     say(text, parts.filter(Boolean).join(" · "));
     const outcome = now.error ? now.error.code : now.fine_tuned_model ?? "";
     if (result.textContent !== outcome) put(result, outcome ? h("code", {}, outcome) : "");

@@ -68,6 +68,13 @@ class Story:
         _run(self._driver.checkpoint(self._step, str(path), {"validation.nll": 0.41}))
         return self
 
+    def obey(self) -> str:
+        """Ask what is desired, and stop where that is a pause."""
+        wanted = str(_run(self._driver.heartbeat({"step": self._step})))
+        if wanted == "pause":
+            _run(self._driver.transition("paused"))
+        return wanted
+
     def succeed(self) -> Story:
         model = self._service.home.model(self.id)
         model.mkdir(parents=True, exist_ok=True)
