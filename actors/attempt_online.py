@@ -57,7 +57,12 @@ class OnlineAttempt(Attempt):
                 rounds=plan.total_steps,
                 seed=self._config.seed,
             )
-            channel = VerifiedChannel(trainer, generator, [p.token_ids_T for p in prompts[:64]])
+            channel = VerifiedChannel(
+                trainer,
+                generator,
+                [p.token_ids_T for p in prompts[:64]],
+                trainer_dtype=self._config.resources.dtype,
+            )
             driver = await self._driver(plan, source, trainer, probes, reference=reference, channel=channel)
             await self._start(generator, channel)
             outcome = await driver.run()

@@ -135,11 +135,13 @@ class VerifiedChannel:
         generator: GeneratorPool,
         canary: Sequence[NDArray[np.int32]],
         *,
+        trainer_dtype: str | None = None,
         tolerance: Tolerance | None = None,
         in_flight: Literal["drain", "restart"] = "drain",
         transfer: Transfer | None = None,
     ) -> None:
-        """`canary`: token sequences, at best of the job's own prompts. None = the dtype's `TOLERANCE`.
+        """`canary`: token sequences, at best of the job's own prompts. `trainer_dtype`: None = the engines'.
+        `tolerance`: None = `TOLERANCE` of whichever of both dtypes is coarser.
 
         `transfer`: None = through memory, which works everywhere.
 
@@ -149,7 +151,8 @@ class VerifiedChannel:
         self._trainer = trainer
         self._generator = generator
         self._canary = cut_canary(canary, generator.spec.max_length)
-        self._tolerance = tolerance or TOLERANCE[generator.spec.dtype]
+        dtypes = {generator.spec.dtype, trainer_dtype or generator.spec.dtype}
+        self._tolerance = tolerance or TOLERANCE["bfloat16" if "bfloat16" in dtypes else "float32"]
         self._in_flight = in_flight
         self._transfer = transfer or MemoryTransfer(trainer, generator)
 

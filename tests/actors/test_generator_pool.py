@@ -25,7 +25,12 @@ from modeseek_ray.errors import ConfigError, NumericsError, WorkerError
 from modeseek_ray.types import Completion, Objective, Prompt, Sample, StepPlan
 from tests.actors.conftest import random_samples
 
-LENGTH = 3  # tokens, and so turns, of a completion
+LENGTH = 3  # tokens, and so steps, of the shortest completion
+
+
+def length_of(request: Request) -> int:
+    """Completions of one prompt end at different times."""
+    return LENGTH + request.seed % 4
 
 
 class FakeEngine:
@@ -62,7 +67,7 @@ class FakeEngine:
                 raise WorkerError(f"engine {self.name} died.", mend="")
             for name, (request, written) in list(self.inside.items()):
                 self.inside[name] = (request, written + 1)
-                if written + 1 == LENGTH:
+                if written + 1 == length_of(request):
                     del self.inside[name]
                     self.written += 1
                     finished.append((name, self.completion(request)))
@@ -73,7 +78,7 @@ class FakeEngine:
     def completion(self, request: Request) -> Completion:
         return Completion(
             token_ids_T=np.array([request.prompt[0], request.seed % 997, 0], dtype=np.int32),
-            log_prob_T=np.zeros(LENGTH, dtype=np.float32),
+            log_prob_T=np.zeros(3, dtype=np.float32),
             finish_reason="stop",
             weight_version=self.version,
             seed=request.seed,
@@ -81,6 +86,7 @@ class FakeEngine:
 
     async def abort(self) -> list[str]:
         ids = list(self.inside)
+        self.world.aborted.update(self.inside)
         self.inside.clear()
         return ids
 
@@ -110,6 +116,7 @@ class World:
 
     def __init__(self) -> None:
         self.engines: list[FakeEngine] = []
+        self.aborted: set[str] = set()
         self.on_step: Callable[[FakeEngine], None] = lambda engine: None
         self.dies_of_update: Callable[[FakeEngine], bool] = lambda engine: False
         self.gate = asyncio.Event()
@@ -158,6 +165,7 @@ async def test_completions_come_back_in_the_order_of_the_prompts(engines: int) -
     pool = await pool_of(world, engines)
     assert_complete(await pool.sample(prompts(20), round_=0), 20)
     assert sum(engine.written for engine in world.engines) == 40
+    assert all(engine.written for engine in world.engines)
     assert all(engine.most_inside <= 8 for engine in world.engines)
     await pool.close()
 
@@ -191,12 +199,17 @@ async def test_two_calls_at_once_are_answered_each_with_its_own() -> None:
 
 async def test_a_caller_who_leaves_takes_nobody_with_him() -> None:
     world = World()
+    world.gate.clear()
     pool = await pool_of(world, 1)
     leaver = asyncio.create_task(pool.sample(prompts(9), round_=0))
     stayer = asyncio.create_task(pool.sample(prompts(9), round_=1))
-    await asyncio.sleep(0.01)
+    while not (world.engines and world.engines[0].inside):
+        await asyncio.sleep(0)
     leaver.cancel()
+    await asyncio.wait([leaver])
+    world.gate.set()
     assert_complete(await stayer, 9, round_=1)
+    assert world.engines[0].written == 18 + 8  # what was inside when he left, and no more of his
     await pool.close()
 
 
@@ -275,9 +288,12 @@ async def test_no_completion_is_written_by_two_versions(mode: Any) -> None:
         for ordinal, group in enumerate(completions)
         for i, c in enumerate(group)
     }
-    assert set(by_version.values()) == {0, 1} if mode == "drain" else {1} <= set(by_version.values())
-    if mode == "drain":  # what had begun was finished by the version that began it
-        assert {by_version[name] for name in begun} == {0}
+    assert len(begun) == 16
+    if mode == "drain":  # what had begun was finished by the version that began it, and nothing more
+        assert {name for name, version in by_version.items() if version == 0} == begun
+    else:
+        assert world.aborted
+        assert {by_version[name] for name in world.aborted} == {1}
     assert pool.version == 1
     await pool.close()
 
@@ -366,6 +382,24 @@ def test_sampling_that_would_deceive_is_refused(
         GeneratorSpec(model_path="-", sampling=sampling, **changes)
     assert refused.value.param == param
     GeneratorSpec(model_path="-", sampling=Sampling(temperature=0.0, top_p=0.9), ratios_used=False)
+
+
+async def test_jobs_get_room_for_all_their_workers_or_wait_without_any(ray_cluster: Any) -> None:
+    """Two jobs of four workers each, and CPUs for five: neither holds a half the other waits for."""
+    share = ray_cluster.available_resources()["CPU"] // 5
+    engine_spec = GeneratorSpec(model_path="-", cpus_per_worker=share)
+    jobs = [RayPlacement(Resources(trainers=2, cpus_per_worker=share)) for _ in range(2)]
+    waiting = [
+        asyncio.create_task(job.reserve(trainers=2, generators=2, generator=engine_spec)) for job in jobs
+    ]
+    done, others = await asyncio.wait(waiting, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+    assert (len(done), len(others)) == (1, 1)
+    (second,) = others
+    await asyncio.wait([second], timeout=1)
+    assert not second.done()
+    await jobs[waiting.index(done.pop())].close()
+    await asyncio.wait_for(second, 30)  # all at once, when the first is over
+    await jobs[waiting.index(second)].close()
 
 
 @pytest.mark.slow

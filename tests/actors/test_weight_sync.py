@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from actors.generator_pool import GeneratorPool
 from actors.trainer import TrainerRank
 from actors.weight_chunks import ChunkFacts, WeightChunk
-from actors.weight_sync import Tolerance, VerifiedChannel, compare, cut_canary
+from actors.weight_sync import NcclTransfer, Tolerance, VerifiedChannel, compare, cut_canary
 from modeseek_ray.config import Lora, Training
 from modeseek_ray.errors import NumericsError, WorkerError
 from modeseek_ray.types import Objective, Sample
@@ -267,6 +267,95 @@ def test_what_is_too_far_apart(theirs: list[float], tolerance: Tolerance, passes
     else:
         with pytest.raises(NumericsError, match="token 2 of canary 0"):
             compare(ours, [[np.array(theirs)]], tolerance, version=1)
+
+
+@pytest.mark.parametrize("engine_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("trainer_dtype", ["float32", "bfloat16", None])
+async def test_the_coarser_of_both_dtypes_decides_what_is_allowed(
+    engine_dtype: str, trainer_dtype: str | None
+) -> None:
+    world = World()
+    pool = await pool_of(world, 1, dtype=engine_dtype)
+    channel = VerifiedChannel(FakeOwner(log_prob=5.01), pool, CANARY, trainer_dtype=trainer_dtype)
+    if "bfloat16" in (engine_dtype, trainer_dtype):
+        assert (await channel.sync(5))["sync_mean_difference_nats"] == pytest.approx(0.01)
+    else:
+        with pytest.raises(NumericsError, match=r"allowed: 1e-04 and 1e-04"):
+            await channel.sync(5)
+    await pool.close()
+
+
+class NcclWorld:
+    """What NCCL would do, as far as order goes: both sides of a collective have to be inside at once."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.parties = 0
+        self.met = asyncio.Event()
+
+    async def meet(self, name: str, world_size: int) -> None:
+        self.calls.append(name)
+        self.parties += 1
+        if self.parties == world_size:
+            self.met.set()
+        await asyncio.wait_for(self.met.wait(), 1)
+        self.parties -= 1
+        if not self.parties:
+            self.met.clear()
+
+
+class NcclTrainer(FakeOwner):
+    def __init__(self, world: NcclWorld, **changes: Any) -> None:
+        super().__init__(**changes)
+        self.world = world
+
+    async def join_transfer(self, address: str, port: int, world_size: int) -> None:
+        assert (address, port, world_size) == ("10.0.0.1", 1234, 3)
+        await self.world.meet("join", 3)
+
+    async def describe_transfer(self) -> dict[str, Any]:
+        return {"names": ["a", "b"], "dtype_names": ["float32", "bfloat16"], "shapes": [[2, 3], [5]]}
+
+    async def send_weights(self) -> None:
+        await self.world.meet("send", 3)
+
+
+async def test_nccl_both_sides_meet_and_every_engine_has_its_own_ranks() -> None:
+    world, fakes = NcclWorld(), World()
+    pool = await pool_of(fakes, 2)
+    offsets = []
+
+    def native_of(engine: Any) -> Any:
+        async def native(method: str, arguments: dict[str, Any]) -> None:
+            world.calls.append(method)
+            match method:
+                case "init_weight_transfer_engine":
+                    info = arguments["request"]["init_info"]
+                    offsets.append(info["rank_offset"])
+                    assert (info["world_size"], info["packed"]) == (3, True)
+                    await world.meet("joined", 3)
+                case "update_weights":
+                    assert arguments["request"]["update_info"]["shapes"] == [[2, 3], [5]]
+                    await world.meet("received", 3)
+                case "finish_weight_update":
+                    engine.version = int(arguments["weight_version"])
+
+        return native
+
+    for engine in fakes.engines:
+        engine.native = native_of(engine)  # type: ignore[attr-defined]
+    trainer = NcclTrainer(world, log_prob=1.0)
+    channel = VerifiedChannel(trainer, pool, CANARY, transfer=NcclTransfer(trainer, pool, "10.0.0.1", 1234))
+    assert (await channel.sync(1))["sync_bytes"] == 2 * 3 * 4 + 5 * 2
+    assert sorted(offsets) == [1, 2]
+    trainer.log_prob = 2.0
+    await channel.sync(2)
+    assert world.calls.count("join") == 1  # once for the job
+    second = world.calls[world.calls.index("finish_weight_update") :]
+    assert [c for c in second if c in ("start_weight_update", "send", "finish_weight_update")] == [
+        *["finish_weight_update"] * 2, *["start_weight_update"] * 2, "send", *["finish_weight_update"] * 2
+    ]  # fmt: skip
+    await pool.close()
 
 
 def test_a_canary_leaves_room_for_the_token_an_engine_wants_to_write() -> None:
