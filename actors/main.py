@@ -250,6 +250,27 @@ def presets(name: Annotated[str | None, typer.Argument(help="Show this one in fu
     show_presets(name)
 
 
+@app.command()
+def rerank(
+    rows: Annotated[Path, typer.Argument(help="Answers, several per prompt; some with a `reward`.")],
+    model: Annotated[str, typer.Option(help="Whose hidden states the answers are compared in.")],
+    out: Annotated[Path | None, typer.Option(help="Write the picked rows here, one per prompt.")] = None,
+    beta: Annotated[
+        float, typer.Option(min=1e-9, help="Reward units: smaller ranks by rewards harder.")
+    ] = 1.0,
+    ridge: Annotated[float, typer.Option(min=0.0, help="Added to the features' variances.")] = 1e-3,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every weight.")] = False,
+    home: HomeDir = None,
+) -> None:
+    """Pick the best answer of each prompt by the first-order solution, graded or not. Trains nothing."""
+    from actors.commands.preflight import local_model
+    from actors.commands.rerank import rerank as run_rerank
+
+    raise typer.Exit(
+        run_rerank(rows, local_model(model, _home(home)), out, beta=beta, ridge=ridge, as_json=json)
+    )
+
+
 keys_app = typer.Typer(
     help="API keys. As long as there is none, anybody on this machine may use the service.",
     no_args_is_help=True,

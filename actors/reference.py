@@ -100,5 +100,29 @@ class ReferenceModel:
         ends = np.cumsum(batch.num_tokens_B.cpu().numpy())[:-1]
         return np.split(log_prob_M, ends)
 
+    def features(self, samples: Sequence[Sample]) -> FloatArray:
+        """Mean over each sample's trained tokens of the hidden states that predict them, [N, D]."""
+        import torch
+
+        from modeseek_ray.objectives.collate import collate
+
+        length_N = np.array([s.length for s in samples], dtype=np.int64)
+        rows: list[FloatArray] = [np.zeros(0)] * len(samples)
+        for index_B in pack(length_N, self._spec.micro_batch_tokens):
+            batch = collate(samples, index_B, pad_id=0).to(self._device)
+            with torch.inference_mode():
+                scores = self._model(
+                    batch.input_ids_BS,
+                    batch.attention_mask_BS,
+                    batch.positions_M,
+                    batch.target_M,
+                    keep_hidden=True,
+                )
+            hidden_MD = scores.hidden_M.double().cpu().numpy()
+            ends = np.cumsum(batch.num_tokens_B.cpu().numpy())[:-1]
+            for i, part_TD in zip(index_B, np.split(hidden_MD, ends), strict=True):
+                rows[i] = part_TD.mean(axis=0)
+        return np.stack(rows)
+
     def close(self) -> None:
         """Nothing outlives the object; pools call this on every worker."""

@@ -7,7 +7,7 @@ Start at `weigh.py`, which is the order of operations; a scheme is a function in
 from modeseek_ray.types import Evidence, Weights
 from modeseek_ray.weights.checks import Facts, Problem, check_weighting
 from modeseek_ray.weights.control import kl_coefficient
-from modeseek_ray.weights.first_order import FirstOrderSolution, first_order_solver
+from modeseek_ray.weights.first_order import FirstOrderSolution, best_of_each, first_order_solver
 from modeseek_ray.weights.presets import PRESETS, preset_fields
 from modeseek_ray.weights.solve import effective_sample_size
 from modeseek_ray.weights.steering import PromptLedger, draw_prompts, prompt_probabilities
@@ -24,6 +24,7 @@ __all__ = [
     "PromptLedger",
     "Weighting",
     "Weights",
+    "best_of_each",
     "check_weighting",
     "draw_prompts",
     "effective_sample_size",

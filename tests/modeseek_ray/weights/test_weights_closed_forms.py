@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from modeseek_ray.errors import NumericsError
 from modeseek_ray.weights import (
     Evidence,
     Weighting,
+    best_of_each,
     effective_sample_size,
     first_order_solver,
     observe,
@@ -176,6 +178,23 @@ class TestFirstOrder:
         solution = first_order_solver(np.array([[0.0], [4.0]]), np.array([0.0, 1.0]), beta=1.0)
         np.testing.assert_allclose(solution.theta_D, [0.25], rtol=1e-5)
         np.testing.assert_allclose(solution.weights_N, [0.5, 1.5], rtol=1e-5)
+
+    def test_ungraded_samples_are_ranked_by_those_that_are(self) -> None:
+        # theta = 1/4 from the first prompt; the second, without a grade, is ranked by its features alone.
+        solution = first_order_solver(
+            np.array([[0.0], [4.0], [1.0], [-9.0], [2.0]]),
+            np.array([0.0, 1.0, np.nan, np.nan, np.nan]),
+            beta=1.0,
+            group_N=np.array([0, 0, 1, 1, 1]),
+            ridge=0.0,
+        )
+        np.testing.assert_allclose(solution.weights_N, [0.5, 1.5, 1.75, -0.75, 2.0])
+        assert solution.negative_share == 0.2
+        assert best_of_each(solution.weights_N, np.array([0, 0, 1, 1, 1])).tolist() == [1, 4]
+
+    def test_without_any_grade_there_is_nothing_to_solve(self) -> None:
+        with pytest.raises(NumericsError, match="no sample has a reward"):
+            first_order_solver(np.ones((2, 1)), np.full(2, np.nan), beta=1.0)
 
 
 class TestRewards:
