@@ -47,6 +47,10 @@ def serve(
         str | None,
         typer.Option(help="Dashboard URL of a Ray cluster to use instead of a new head, `http://host:8265`."),
     ] = None,
+    autoscaling: Annotated[
+        bool,
+        typer.Option("--autoscaling", help="That cluster grows on demand: refuse no job for its size."),
+    ] = False,
     ray_cpus: Annotated[
         int | None, typer.Option(help="Logical CPUs of the new head. Default: 8, or the cores if more.")
     ] = None,
@@ -77,7 +81,7 @@ def serve(
         host=host, port=port, home=_home(home).root, ray_address=ray_address, ray_cpus=ray_cpus,
         max_running_jobs=max_running_jobs, roots=tuple(root or ()), pause_grace_s=pause_grace,
         requests_per_minute=requests_per_minute, webhook_networks=tuple(webhook_network or ()),
-        log_format="json" if json_logs else "text",
+        log_format="json" if json_logs else "text", autoscaling=autoscaling,
     )  # fmt: skip
     run_service(options)
 

@@ -34,8 +34,9 @@ _STATUS: dict[JobStatus, LaunchStatus] = {
 class RayJobsLauncher:
     """Starts `modeseek drive` on the cluster. The entry point carries ids and paths of ours only."""
 
-    def __init__(self, dashboard: str, home: Path) -> None:
+    def __init__(self, dashboard: str, home: Path, *, autoscaling: bool = False) -> None:
         self._dashboard = dashboard
+        self._autoscaling = autoscaling
         self._home = home
         self._client: JobSubmissionClient | None = None
 
@@ -89,17 +90,19 @@ class RayJobsLauncher:
             return None  # Ray was restarted and knows it no more, or keeps no log yet
 
     async def capacity(self) -> Capacity | None:
-        """Sums over the nodes that live. An autoscaling cluster is not asked: it may grow."""
+        """Sums over the nodes that live. A cluster that grows on demand is not asked."""
+        if self._autoscaling:
+            return None
         answer = await self._call(lambda client: client._do_request("GET", "/nodes?view=summary"))
         nodes = answer.json()["data"]["summary"] if answer.ok else []
         totals = [
-            raylet["resourcesTotal"]
+            raylet.get("resourcesTotal") or {}
             for raylet in (node["raylet"] for node in nodes)
             if raylet.get("state") == "ALIVE"
         ]
-        if not totals:
+        cpus, gpus = ([float(total.get(name, 0.0)) for total in totals] for name in ("CPU", "GPU"))
+        if not any(cpus):  # not known yet, rather than nothing there
             return None
-        cpus, gpus = ([total.get(name, 0.0) for total in totals] for name in ("CPU", "GPU"))
         return Capacity(sum(cpus), sum(gpus), max(cpus), max(gpus))
 
     async def _call(self, ask: Callable[[JobSubmissionClient], Answer]) -> Answer:

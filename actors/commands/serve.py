@@ -37,6 +37,7 @@ class ServeOptions:
     pause_grace_s: float = 300.0
     requests_per_minute: int | None = None
     webhook_networks: tuple[str, ...] = ()
+    autoscaling: bool = False
     log_format: Literal["text", "json"] = "text"
 
 
@@ -60,7 +61,7 @@ def serve(options: ServeOptions) -> None:
             reconciler = Reconciler(
                 store,
                 home,
-                RayJobsLauncher(dashboard, home.root),
+                RayJobsLauncher(dashboard, home.root, autoscaling=options.autoscaling),
                 validator,
                 url=advertised,
                 settings=ReconcilerSettings(

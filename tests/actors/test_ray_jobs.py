@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from ray.job_submission import JobStatus
 
 from actors.ray_jobs import RayJobsLauncher
 from modeseek_ray.errors import WorkerError
+from modeseek_ray.jobs.launcher import Capacity
 
 
 class JobApi:
@@ -69,3 +71,27 @@ async def test_the_entry_point_carries_ids_and_paths_alone() -> None:
     await _launcher(api).launch("ftjob-1", 2, Path("/home/secret.json"))
     command = api.jobs["ftjob-1-a2"]
     assert command.endswith("drive --job ftjob-1 --attempt 2 --secret /home/secret.json --home /home")
+
+
+class Nodes(JobApi):
+    """Answers what Ray's dashboard answers about its nodes."""
+
+    def __init__(self, *raylets: dict[str, Any]) -> None:
+        super().__init__()
+        self._raylets = raylets
+
+    def _do_request(self, method: str, endpoint: str) -> Any:
+        assert (method, endpoint) == ("GET", "/nodes?view=summary")
+        summary = [{"hostname": "x", "raylet": raylet} for raylet in self._raylets]
+        return SimpleNamespace(ok=True, json=lambda: {"data": {"summary": summary}})
+
+
+async def test_what_the_cluster_has_is_summed_over_the_nodes_that_live() -> None:
+    alive = {"state": "ALIVE", "resourcesTotal": {"CPU": 8.0, "GPU": 1.0}}
+    small = {"state": "ALIVE", "resourcesTotal": {"CPU": 2.0}}
+    dead = {"state": "DEAD", "resourcesTotal": {"CPU": 64.0}}
+    assert await _launcher(Nodes(alive, small, dead)).capacity() == Capacity(10, 1, 8, 1)
+    for unknown in (Nodes(), Nodes({}), Nodes({"state": "ALIVE"})):
+        assert await _launcher(unknown).capacity() is None
+    growing = RayJobsLauncher("http://127.0.0.1:1", Path("/home"), autoscaling=True)
+    assert await growing.capacity() is None

@@ -184,3 +184,6 @@ def test_bad_jobs_are_refused_before_anything_starts(
     with pytest.raises(openai.BadRequestError) as refused:
         client.fine_tuning.jobs.create(model="no/such-model", training_file=files["training"])
     assert refused.value.param == "model"
+    with pytest.raises(openai.BadRequestError, match="the whole cluster has") as refused:
+        _create(client, playground_moe, files, {"type": "supervised"}, resources={"trainers": 500})
+    assert refused.value.code == "does_not_fit"
