@@ -68,7 +68,7 @@ class Router:
 
 
 def find_routers(model: nn.Module) -> list[Router]:
-    """The model's routers in the order they run; [] for a dense model.
+    """The model's routers in the order the model holds them; [] for a dense model.
 
     Looks inside wrappers (PEFT, DeepSpeed engines, `ScoringModel`) and at weights that ZeRO-3 has
     taken apart. Raises `ModelError` for experts whose choice cannot be replayed.

@@ -1,7 +1,7 @@
 """Expert routes as they travel between processes: numpy, compact, checked. No torch.
 
     T  tokens of one sample     B  samples of a micro-batch     S  positions of a micro-batch
-    L  routers of a model, in the order they run                K  experts per token
+    L  routers of a model, in the order the model holds them                K  experts per token
 
 A sample's routes are `[T - 1, L, K]`: position t holds the experts that were asked while token t was
 read and token t + 1 predicted; the last token predicts nothing and has no row. All K entries of a row
@@ -27,7 +27,7 @@ _MAX_EXPERTS = np.iinfo(np.int16).max + 1
 
 @dataclass(frozen=True)
 class MoeLayers:
-    """The routers of a model, one entry each, in the order they run.
+    """The routers of a model, one entry each, in the order the model holds them.
 
     `hidden_L` counts decoder layers from 0 and leaves dense ones out. A layer with two routers (JetMoe
     routes attention heads as well) has two entries.

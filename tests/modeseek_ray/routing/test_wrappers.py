@@ -145,3 +145,36 @@ def test_deepspeeds_own_router(score_func: str, groups: int | None) -> None:
     with replay_routes(model, other):
         model.forward(hidden)
     torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_routes_of_a_stock_model_replay_in_its_autoep_conversion(architecture: str) -> None:
+    """DeepSpeed replaces whole MoE blocks (here on one rank); routers stay in their layers, in their order."""
+    from deepspeed.module_inject.auto_ep import AutoEP
+    from deepspeed.module_inject.auto_ep_config import AutoEPConfig
+
+    model, ids = build(architecture), tokens()
+    with torch.no_grad(), record_routes(model) as recording:
+        stock = model(ids).logits
+    other = other_routes(recording.routes, find_routers(model))
+    with torch.no_grad(), replay_routes(model, other):
+        stock_other = model(ids).logits
+    conversion = AutoEP(
+        model,
+        AutoEPConfig(
+            enabled=True,
+            autoep_size=1,
+            preset_model=architecture,
+            load_balance_coeff=None,
+            use_grouped_mm=False,
+        ),
+    )
+    for spec in conversion.ep_parser():
+        conversion.replace_moe_layer(spec, ep_size=1, ep_rank=0)
+
+    assert {type(r.module).__name__ for r in find_routers(model)} == {"TokenChoiceTopKRouter"}
+    with replay_routes(model, recording.routes):
+        torch.testing.assert_close(model(ids).logits, stock, rtol=1e-5, atol=1e-6)
+    with replay_routes(model, other):
+        torch.testing.assert_close(model(ids).logits, stock_other, rtol=1e-5, atol=1e-6)
+    assert (stock_other - stock).abs().max() > 1e-4
