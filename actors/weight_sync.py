@@ -23,7 +23,7 @@ from actors.weight_chunks import ChunkFacts, WeightRelease
 from modeseek_ray.errors import NumericsError
 
 CANARY_SEQUENCES = 8
-CANARY_TOKENS = 64  # of each, at most
+CANARY_TOKENS = 32  # of each, at most: scoring them costs as much as moving the weights
 
 
 @dataclass(frozen=True)

@@ -361,6 +361,6 @@ async def test_nccl_both_sides_meet_and_every_engine_has_its_own_ranks() -> None
 def test_a_canary_leaves_room_for_the_token_an_engine_wants_to_write() -> None:
     sequences = [np.arange(n, dtype=np.int32) for n in (1, 5, 100, 9)]
     assert [len(s) for s in cut_canary(sequences, max_length=8)] == [5, 7, 7]
-    assert [len(s) for s in cut_canary(sequences, max_length=1000, count=2)] == [5, 64]
+    assert [len(s) for s in cut_canary(sequences, max_length=1000, count=2)] == [5, 32]
     with pytest.raises(ValueError, match="two tokens"):
         cut_canary(sequences[:1], max_length=8)

@@ -268,8 +268,11 @@ def main() -> None:
             if "actor_routes" in found:
                 ratio = found["actor_routes"][unit] / found["actor"][unit]
                 console.print(f"{kind}: routes on over off, {unit}: {ratio:.3f} (aim 0.95)")
-        ratio = found["sync"]["sync_seconds"] / found["sync"]["copy_seconds"]
-        console.print(f"{kind}: sync over copy: {ratio:.2f} (aim at most 5)")
+        sync_figures = found["sync"]
+        copy = sync_figures["copy_seconds"]
+        console.print(f"{kind}: sync over copy: {sync_figures['sync_seconds'] / copy:.1f} (aim at most 5)")
+        for part in ("gather", "load", "verify"):
+            console.print(f"{kind}:   of which {part}: {sync_figures[f'sync_{part}_seconds'] / copy:.1f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 
