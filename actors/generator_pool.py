@@ -58,6 +58,11 @@ class _Engine:
     index: int
     worker: Worker
     holds: dict[str, _Work] = field(default_factory=dict)  # by request id
+    starting: bool = False  # it died, and another is not yet there
+
+    @property
+    def at_rest(self) -> bool:
+        return not (self.holds or self.starting)
 
 
 class GeneratorPool:
@@ -128,7 +133,7 @@ class GeneratorPool:
         return [[c for c in work.written if c is not None] for work in works]
 
     async def hold(self, mode: Literal["drain", "restart"] = "drain") -> None:
-        """Let nothing new begin, and wait until no request is inside an engine.
+        """Let nothing new begin, and wait until no request is inside an engine and no engine is being replaced.
 
         `drain`: what is being written is finished, by the version that began it. `restart`: it is
         thrown away and asked for again after `release`; the new version then writes all of it.
@@ -138,7 +143,7 @@ class GeneratorPool:
             self._held = mode
             self._changed.notify_all()
             await self._changed.wait_for(
-                lambda: self._broken is not None or not any(engine.holds for engine in self._engines)
+                lambda: self._broken is not None or all(engine.at_rest for engine in self._engines)
             )
         self._refuse_broken()
 
@@ -271,6 +276,10 @@ class GeneratorPool:
 
     async def _replace(self, engine: _Engine, error: WorkerError) -> None:
         """Another engine in its place, at the installed version; its unfinished work is redone."""
+        async with self._changed:
+            engine.starting = True
+            self._requeue(engine, failed=error)
+            self._changed.notify_all()
         while True:
             if self._replacements_left == 0:
                 raise WorkerError(
@@ -280,9 +289,6 @@ class GeneratorPool:
             self._replacements_left -= 1
             self.num_replaced += 1
             _log.warning("generator %d is replaced: %s", engine.index, error)
-            async with self._changed:
-                self._requeue(engine, failed=error)
-                self._changed.notify_all()
             try:
                 await engine.worker.stop()
             except Exception as gone:
@@ -292,9 +298,12 @@ class GeneratorPool:
                 await engine.worker.call("setup")
                 if self._installed is not None:
                     await self._load(engine, self._installed)
-                return
+                break
             except WorkerError as next_error:
                 error = next_error
+        async with self._changed:
+            engine.starting = False
+            self._changed.notify_all()
 
     def _requeue(self, engine: _Engine, failed: WorkerError | None = None) -> None:
         works = list(dict.fromkeys(map(id, engine.holds.values())))

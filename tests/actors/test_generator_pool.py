@@ -121,8 +121,11 @@ class World:
         self.dies_of_update: Callable[[FakeEngine], bool] = lambda engine: False
         self.gate = asyncio.Event()
         self.gate.set()
+        self.door = asyncio.Event()
+        self.door.set()
 
     async def start(self, index: int) -> FakeEngine:
+        await self.door.wait()
         self.engines.append(FakeEngine(len(self.engines), self))
         return self.engines[-1]
 
@@ -310,6 +313,30 @@ async def test_an_engine_that_dies_during_an_update_is_replaced_at_the_new_versi
     ] * 3
     await pool.release(4)
     assert_complete(await pool.sample(prompts(5), round_=0), 5)
+    await pool.close()
+
+
+async def test_an_update_waits_for_an_engine_that_is_being_replaced() -> None:
+    world = World()
+    pool = await pool_of(world, 2)
+    answer = asyncio.create_task(pool.sample(prompts(30), round_=0))
+    while not all(engine.inside for engine in world.engines):
+        await asyncio.sleep(0)
+    world.door.clear()
+    world.engines[0].dead = True
+    while not pool.num_replaced:
+        await asyncio.sleep(0)
+    holding = asyncio.create_task(pool.hold())
+    await asyncio.sleep(0.02)
+    assert not world.engines[1].inside
+    assert not holding.done()  # or two would be started in one place
+    world.door.set()
+    await holding
+    await pool.install(release(3))
+    await pool.release(3)
+    assert_complete(await answer, 30)
+    assert [engine.version for engine in world.engines] == [0, 3, 3]
+    assert pool.num_replaced == 1
     await pool.close()
 
 
