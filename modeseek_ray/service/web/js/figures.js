@@ -12,7 +12,7 @@ export const FIGURES = [
     note: "Where the weighted curve lies far below the unweighted one, few easy rows carry the step.",
   },
   {
-    id: "ess", title: "Effective sample size, ESS/n", unit: "share of the batch", range: [0, 1], band: [0.2, 0.5],
+    id: "ess", title: "Effective sample size, ESS/n", unit: "", range: [0, 1], band: [0.2, 0.5],
     lines: [only("ess_ratio", "ESS/n")],
     note: "1 = every row counts the same. The band is the healthy range for a fixed γ; a floor holds the curve above it.",
   },
