@@ -30,6 +30,9 @@ router = APIRouter(
 Body = TypeVar("Body", bound="DriverBody")
 
 
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]  # what PostgreSQL's integers hold
+
+
 class DriverBody(BaseModel):
     """Drivers may be newer than the service: fields it does not know are passed over."""
 
@@ -37,8 +40,8 @@ class DriverBody(BaseModel):
 
 
 class Heartbeat(DriverBody):
-    step: int = 0
-    total_steps: int | None = None
+    step: Count = 0
+    total_steps: Count | None = None
     tokens_per_s: float | None = None
     eta_s: float | None = None
     section: str | None = Field(None, max_length=64)
@@ -47,7 +50,7 @@ class Heartbeat(DriverBody):
 
 
 class DriverEvent(DriverBody):
-    seq: int = Field(ge=1)
+    seq: Annotated[int, Field(ge=1, le=2**31 - 1)]
     created_at: float | None = None
     level: Literal["info", "warn", "error"] = "info"
     message: str = Field("", max_length=100_000)
@@ -60,7 +63,7 @@ class DriverEvents(DriverBody):
 
 
 class NewCheckpoint(DriverBody):
-    step: int = Field(ge=0)
+    step: Count
     path: str
     metrics: dict[str, Any] = Field(default_factory=dict)
 
