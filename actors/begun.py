@@ -6,7 +6,7 @@ T  tokens of one sample      M  trained tokens of a micro-batch      L, K  route
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from actors.forward import Forward, fingerprint
 from actors.messages import RankBeginning, RouteCounts
+from modeseek_ray.errors import DataError
 from modeseek_ray.objectives.deltas import DeltaSums
 from modeseek_ray.objectives.ratios import delta_sums, mismatch_factor
 from modeseek_ray.routing.wire import LIVE, Routes
@@ -26,6 +27,8 @@ class Past:
 
     log_prob_T: Tensor  # float32, trained tokens alone, on the rank's device
     routes_TLK: Routes | None = None  # [T - 1, L, K] the trainer's own, where they were recorded
+    # Under the older weights that wrote it, where the clip is to go by those (`compared_with_writers`).
+    log_writer_T: Tensor | None = None
 
 
 @dataclass
@@ -63,9 +66,41 @@ class Begun:
         return found
 
 
+def compared_with_writers(samples: Sequence[Sample], past_N: Sequence[Past], version: int) -> list[Past]:
+    """The same, but where older weights than `version` wrote a sample, its clip goes by their log-probabilities.
+
+    Raises `DataError` for a stale sample that does not carry them.
+    """
+    stale = [s for s in samples if 0 <= s.weight_version < version]
+    require(stale, "log_behavior_T", "log-probabilities of the older weights that wrote it")
+    found = list(past_N)
+    for i, sample in enumerate(samples):
+        if 0 <= sample.weight_version < version and sample.log_behavior_T is not None:
+            log_writer_T = np.asarray(sample.log_behavior_T, dtype=np.float32)[sample.trained_T]
+            device = past_N[i].log_prob_T.device
+            found[i] = replace(past_N[i], log_writer_T=torch.from_numpy(log_writer_T).to(device))
+    return found
+
+
 def log_past(past_N: Sequence[Past], forward: Forward) -> Tensor:
-    """log pi_old of a micro-batch's trained tokens, [M] float32."""
+    """Under the policy the batch was begun with, a micro-batch's trained tokens, [M] float32."""
     return torch.cat([past_N[i].log_prob_T for i in forward.index_B])
+
+
+def log_old(past_N: Sequence[Past], forward: Forward) -> Tensor:
+    """log pi_old, which the clip goes by: of the writer where it is asked for, else as `log_past`."""
+    pasts = [past_N[i] for i in forward.index_B]
+    return torch.cat([p.log_prob_T if p.log_writer_T is None else p.log_writer_T for p in pasts])
+
+
+def require(samples: Sequence[Sample], name: str, what: str) -> None:
+    """Samples drawn for this job carry it; replay rows, which nobody sampled, need not. Raises `DataError`."""
+    for sample in samples:
+        if getattr(sample, name) is None and not sample.is_replay:
+            raise DataError(
+                f"row {sample.row} does not carry {what}.",
+                mend="Train on samples that the job's own generator wrote, or drop that option.",
+            )
 
 
 class Measured:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.begun import Past, log_past
+from actors.begun import Past, log_old, log_past
 from actors.forward import Forward
 from modeseek_ray.objectives.deltas import DeltaSums
 from modeseek_ray.objectives.factors import TokenEvidence, token_factor
@@ -40,7 +40,7 @@ def loss_share(
     log_prob_M = scores.log_prob_M.detach()
     values = np.zeros(1) if forward.is_dummy else plan.values_N[forward.index_B].astype(np.float64)
     values_B = torch.from_numpy(values).to(log_prob_M.device)
-    log_old_M = None if past_N is None or forward.is_dummy else log_past(past_N, forward)
+    log_past_M = None if past_N is None or forward.is_dummy else log_past(past_N, forward)
     ratio = DeltaSums()
     factor_M = None
     if not forward.is_dummy:
@@ -48,15 +48,16 @@ def loss_share(
             log_prob_M,
             top_entropy_M=scores.top_entropy_M,
             log_reference_M=forward.log_reference_M,
-            log_start_M=log_old_M,
+            log_start_M=log_past_M,
         )
         parameters = {**objective.token_parameters, **plan.token_parameters}
         factor_M = token_factor(objective.token_factor, evidence, parameters)
-    if log_old_M is not None:
+    if past_N is not None and log_past_M is not None:
+        log_ratio_M = log_prob_M - log_old(past_N, forward)
         clip = None
         if objective.clip is not None:
             clip = clip_factor(
-                log_prob_M - log_old_M,
+                log_ratio_M,
                 values_B[batch.sample_M],
                 batch.sample_M,
                 batch.num_tokens_B,
@@ -65,10 +66,10 @@ def loss_share(
             factor_M = _times(factor_M, clip.factor_M)
         if objective.mismatch is not None and batch.log_behavior_M is not None:
             mismatch = mismatch_factor(
-                log_old_M - batch.log_behavior_M, batch.sample_M, batch.num_tokens_B, objective.mismatch
+                log_past_M - batch.log_behavior_M, batch.sample_M, batch.num_tokens_B, objective.mismatch
             )
             factor_M = _times(factor_M, mismatch.factor_M)
-        ratio = delta_sums(log_prob_M - log_old_M, batch.sample_M, len(batch.num_tokens_B), clip)
+        ratio = delta_sums(log_ratio_M, batch.sample_M, len(batch.num_tokens_B), clip)
     loss = weighted_loss_sum(
         scores.log_prob_M,
         batch.sample_M,

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from actors.begun import Past
+from actors.begun import Past, require
 from actors.engine import ZeroEngine
 from actors.forward import LIVE_ROUTING, Forward, ForwardPasses, Routing, fingerprint
-from modeseek_ray.errors import ConfigError, DataError
+from modeseek_ray.errors import ConfigError
 from modeseek_ray.types import Sample
 
 if TYPE_CHECKING:
@@ -98,16 +98,6 @@ class StepPasses:
                 mend='Use "auto", a lower zero_stage, or a larger micro_batch_tokens.',
             )
         return self._choice != "never" and exact
-
-
-def require(samples: Sequence[Sample], name: str, what: str) -> None:
-    """Samples drawn for this job carry it; replay rows, which nobody sampled, need not. Raises `DataError`."""
-    for sample in samples:
-        if getattr(sample, name) is None and not sample.is_replay:
-            raise DataError(
-                f"row {sample.row} does not carry {what}.",
-                mend="Train on samples that the job's own generator wrote, or drop that option.",
-            )
 
 
 def _drain(forwards: list[Forward]) -> Iterator[Forward]:

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from actors import modeling
 from actors.allocator import return_freed_memory
-from actors.begun import Begun, Measured
+from actors.begun import Begun, Measured, compared_with_writers, require
 from actors.engine import ZeroEngine, deepspeed_config, join
 from actors.export import write_export
 from actors.forward import ForwardPasses, Routing, log_probs, needs_reference
 from actors.lora import adapters_off
 from actors.loss import loss_share
 from actors.messages import RankBeginning, RankEvaluation, RankReport
-from actors.passes import StepPasses, require
+from actors.passes import StepPasses
 from actors.rng import seed_everything
 from actors.start import Start
 from actors.tally import Seconds, Tally
@@ -123,9 +123,10 @@ class Policy:
     def begin(self, samples: Sequence[Sample]) -> RankBeginning:
         """`score`, keeping on this rank what steps on any of these samples are compared with.
 
-        That is each token's log pi_old and, for R2, the routes taken: of the policy as it is now, whoever
-        wrote the samples. A sample written by older weights has that staleness in its mismatch ratio,
-        pi_old / pi_sampler, and the clip keeps to what this batch's own steps move (`objectives/ratios.py`).
+        That is each token's log-probability and, for R2, the routes taken: of the policy as it is now,
+        whoever wrote the samples. It is the clip's pi_old, but for samples that older weights wrote while
+        no `mismatch` corrects for them: there the clip goes by the writer's own log-probabilities
+        (`objectives/README.md`).
 
         R3 replays the sampler's routes here and in the steps; with `compare_routes` a second pass, without
         gradient, measures what live routes would have been.
@@ -165,6 +166,12 @@ class Policy:
         past_N = self._begun.of(samples)
         if past_N is None and self._spec.objective.looks_back:
             raise RuntimeError("the objective looks back: call begin() with these samples before step()")
+        if (
+            past_N is not None
+            and self._spec.objective.clip is not None
+            and self._spec.objective.mismatch is None
+        ):
+            past_N = compared_with_writers(samples, past_N, plan.step)
         seconds, self._seconds = self._seconds, Seconds()
         count, forwards = self._step_passes.of_step(samples, past_N)
         num_tokens = self.engine.total(sum(s.num_tokens for s in samples))

@@ -3,8 +3,8 @@
 No torch here: the driver and the pools read these. delta_t = ratio_t - 1 of each trained token, for one
 of two ratios (METHODS.md section 4):
 
-    ratio/     pi_theta / pi_old, the policy now over the policy when the batch was begun (staleness)
-    mismatch/  pi_old(trainer) / pi_sampler(engine), measured when the batch was begun
+    ratio/     pi_theta / pi_old: the policy now over what the clip compares it with (staleness)
+    mismatch/  the trainer's policy when the batch was begun over the sampler's, pi_old / pi_sampler
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ _WATCHED = {
 }
 _MEANING = {
     "ratio": (
-        "the policy has moved far from where the batch began",
-        "take fewer inner steps per batch, or a lower learning rate",
+        "the policy has moved far from the one that wrote the samples, or began the batch",
+        "take fewer inner steps per batch, a lower max_staleness or a lower learning rate",
     ),
     "mismatch": (
         "the trainer and the sampler disagree about the samples",
@@ -114,7 +114,8 @@ def ratio_warnings(figures: Mapping[str, float]) -> tuple[str, ...]:
     ()
     >>> print(*ratio_warnings({"ratio/mean_abs_sum_delta": 0.75, "ratio/far_samples": 0.25}))
     ratio: the mean |Σδ| of a sample is 0.75 (limit 0.5; 25 % of samples beyond): the policy has moved far from \
-where the batch began; take fewer inner steps per batch, or a lower learning rate.
+the one that wrote the samples, or began the batch; take fewer inner steps per batch, a lower max_staleness or a \
+lower learning rate.
     """
     found = []
     for of, (meaning, mend) in _MEANING.items():

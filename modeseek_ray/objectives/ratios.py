@@ -5,12 +5,10 @@
 Pure functions of log ratios, detached: no gradient flows through a factor. Two corrections, composed by
 multiplication (METHODS.md section 4):
 
-* staleness, rho = pi_theta / pi_old, `clip_factor`. pi_old is the policy when the batch was begun.
+* staleness, rho = pi_theta / pi_old, `clip_factor`.
 * mismatch, pi_old(trainer) / pi_sampler(engine), `mismatch_factor`.
 
-For a sample that an earlier version of the weights wrote, the second ratio carries that staleness as
-well: pi_theta / pi_sampler = rho x mismatch whatever lies between, and only rho is clipped around one
-(the decoupled objective: Hilton et al., 2110.00641; AReaL, 2505.24298).
+Which policy pi_old is for a sample that older weights wrote is the caller's business, and README.md's.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from modeseek_ray.weights import PRESETS, Weighting, needs
 STEPS = 30
 
 
-def _run(preset: str, model: Path, home: Path, out: Path, cache: Path) -> Metrics:
+def _run(preset: str, model: Path, home: Path, out: Path, cache: Path, **training_changes: int) -> Metrics:
     files = data_files(home)
     rewarded = "rewards" in needs(Weighting(preset=preset))
     training_file = files["new-task.rewarded" if rewarded else "new-task.train"]
@@ -31,6 +31,7 @@ def _run(preset: str, model: Path, home: Path, out: Path, cache: Path) -> Metric
         "max_steps": STEPS,
         "evaluate_every": STEPS,
         "checkpoint_every": STEPS,
+        **training_changes,
     }
     config = parse_config(
         {
@@ -54,16 +55,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "psft"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_preset_trains_with_finite_figures(
     preset: str, playground_moe: Path, modeseek_home: Path, tmp_path: Path, cache: Path
 ) -> None:
-    metrics = _run(preset, playground_moe, modeseek_home, tmp_path, cache)
+    inner_steps = 4 if preset == "psft" else 1
+    metrics = _run(preset, playground_moe, modeseek_home, tmp_path, cache, inner_steps=inner_steps)
     for name in ("loss", "nll", "grad_norm", "ess_ratio"):
         steps_S, figures_S = metrics.known(name)
         assert steps_S.tolist() == list(range(1, STEPS + 1))
         assert np.isfinite(figures_S).all(), name
     assert (metrics.known("grad_norm")[1] > 0).any()
+    if inner_steps > 1:
+        assert metrics.known("ratio/max_abs_delta")[1].max() > 0.01, (
+            "later steps see that the policy has moved"
+        )
 
 
 def test_psft_is_refused_where_it_would_be_plain_fine_tuning(

@@ -43,6 +43,7 @@ def run(
     rate: float = 1e-2,
     begins: bool = True,
     batches: int = 1,
+    first_step: int = 0,
 ) -> Course:
     """`begin` the batch, then a step on each part of it."""
 
@@ -54,7 +55,7 @@ def run(
             groups = await (pool.begin(groups, _distinct(parts)) if begins else pool.score(groups))
             for i, part in enumerate(parts):
                 chosen = [samples[j] for j in part]
-                plan = plan_for(chosen, VALUES[part], step=batch * len(parts) + i, rate=rate)
+                plan = plan_for(chosen, VALUES[part], step=first_step + batch * len(parts) + i, rate=rate)
                 reports.append(await pool.step([groups[j] for j in part], plan))
         return Course(groups, reports)
 
@@ -248,6 +249,40 @@ class TestMismatch:
         assert (figures["mismatch/over_two"], figures["mismatch/far_samples"]) == (1.0, 1.0)
         assert (figures["mismatch/clipped_low"], figures["mismatch/clipped_high"]) == (low, high)
         assert figures["ratio/max_abs_delta"] == 0
+
+    @pytest.mark.parametrize(
+        ("mismatch", "factor_of_stale", "factor_of_fresh"),
+        [
+            (None, np.where(VALUES > 0, 0.0, 3.0), 1.0),  # clipped by what the older weights said: rho = 3
+            (
+                Mismatch("tis", high=2.0),
+                np.full(8, 2.0),
+                2.0,
+            ),  # decoupled: rho = 1, all of it in the mismatch
+        ],
+    )
+    def test_samples_that_older_weights_wrote(
+        self,
+        start: Start,
+        samples: list[Sample],
+        mismatch: Mismatch | None,
+        factor_of_stale: np.ndarray,
+        factor_of_fresh: float,
+    ) -> None:
+        trainer = start(objective=Objective(mismatch=mismatch, clip=RatioClip()))
+        drawn = [
+            dataclasses.replace(s, weight_version=int(i % 2))
+            for i, s in enumerate(self.sampled(trainer, samples, np.log(3.0)))
+        ]
+        log_prob_N = trainer.score(drawn)
+        course = run(trainer, drawn, [np.arange(8)], first_step=1)
+        factor_N = np.where(np.arange(8) % 2 == 0, factor_of_stale, factor_of_fresh)
+        assert course.reports[0].loss == pytest.approx(-(factor_N * VALUES * log_prob_N).sum() / 8, rel=1e-5)
+        expected = 2.0 if mismatch is None else 0.0
+        assert course.reports[0].figures["ratio/max_abs_delta"] == pytest.approx(expected, rel=1e-5)
+        lost = [dataclasses.replace(s, log_behavior_T=None) for s in drawn]
+        with pytest.raises(DataError, match="row 0 does not carry log-probabilities"):
+            run(trainer, lost, [np.arange(8)], first_step=1)
 
     def test_samples_without_a_known_sampler(self, start: Start, samples: list[Sample]) -> None:
         """Replay rows, which nobody sampled, count as they are; others are refused by row."""
