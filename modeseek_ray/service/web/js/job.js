@@ -77,7 +77,8 @@ export function jobView(place, jobId) {
   }
 
   function drawFacts(job) {
-    const { step, total_steps: total, tokens_per_s: speed, eta_s: eta } = job.progress;
+    const { total_steps: total, tokens_per_s: speed, eta_s: eta } = job.progress;
+    const step = Math.max(job.progress.step, feed.table.steps.at(-1) ?? 0); // events are ahead of heartbeats
     const last = (name) => feed.table.last(name);
     const known = [
       ["Step", total ? `${step} of ${total}` : String(step)],
