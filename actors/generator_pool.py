@@ -14,7 +14,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -89,6 +89,7 @@ class GeneratorPool:
         self._engines: list[_Engine] = []
         self._servers: list[asyncio.Task[None]] = []
         self._queue: deque[_Work] = deque()
+        self._num_works = 0
         self._version = 0
         self._installed: WeightRelease | None = None
         self._held: Literal["drain", "restart"] | None = None
@@ -348,7 +349,12 @@ class GeneratorPool:
     # --- the queue
 
     def _work(self, prompt: Prompt, round_: int) -> _Work:
-        requests = requests_of(self.spec, prompt, round_)
+        # Asked twice at once, by whoever gave up and came back, they are still told apart inside an engine.
+        self._num_works += 1
+        requests = [
+            replace(request, id=f"{request.id}.{self._num_works}")
+            for request in requests_of(self.spec, prompt, round_)
+        ]
         return _Work(
             prompt=prompt,
             requests={request.id: i for i, request in enumerate(requests)},

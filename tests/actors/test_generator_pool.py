@@ -33,6 +33,11 @@ def length_of(request: Request) -> int:
     return LENGTH + request.seed % 4
 
 
+def asked(name: str) -> str:
+    """Prompt, round and which of the N, of the name a request has inside an engine."""
+    return name.rpartition(".")[0]
+
+
 class FakeEngine:
     """Writes one token of each request it holds per step. Dies when it is told to, or of a prompt."""
 
@@ -86,7 +91,7 @@ class FakeEngine:
 
     async def abort(self) -> list[str]:
         ids = list(self.inside)
-        self.world.aborted.update(self.inside)
+        self.world.aborted.update(asked(name) for name in self.inside)
         self.inside.clear()
         return ids
 
@@ -200,6 +205,14 @@ async def test_two_calls_at_once_are_answered_each_with_its_own() -> None:
     await pool.close()
 
 
+async def test_who_asks_for_the_same_twice_gets_it_twice() -> None:
+    world = World()
+    pool = await pool_of(world, 1)
+    for answer in await asyncio.gather(*(pool.sample(prompts(2), round_=0) for _ in range(2))):
+        assert_complete(answer, 2)
+    await pool.close()
+
+
 async def test_a_caller_who_leaves_takes_nobody_with_him() -> None:
     world = World()
     world.gate.clear()
@@ -276,7 +289,7 @@ async def test_no_completion_is_written_by_two_versions(mode: Any) -> None:
     answer = asyncio.create_task(pool.sample(prompts(30), round_=0))
     while not any(written for engine in world.engines for _, written in engine.inside.values()):
         await asyncio.sleep(0)
-    begun = {name for engine in world.engines for name in engine.inside}
+    begun = {asked(name) for engine in world.engines for name in engine.inside}
     await pool.hold(mode)
     assert not answer.done()
     assert not any(engine.inside for engine in world.engines)
