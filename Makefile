@@ -26,7 +26,7 @@ setup:  ## Build .venv from the pinned list (about 3 minutes and 4 GB, once)
 setup-dev:
 	@deploy/setup.sh cpu dev
 
-demo: setup  ## Two real jobs over HTTP on this machine, plain SFT and weighted, then a table and a report
+demo: setup  ## Three real jobs over HTTP on this machine: plain SFT, weighted, online; then a table and a report
 	@.venv/bin/modeseek demo
 
 test: check playground  ## Everything: environment, checks, small models (cached), every test

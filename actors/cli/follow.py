@@ -131,6 +131,7 @@ def plain_line(event: Event) -> str | None:
 
 
 PLAIN_FIGURES = (
+    ("reward", "rollout.reward"),
     ("loss", "loss"),
     ("nll", "nll"),
     ("ESS/n", "ess_ratio"),
@@ -194,6 +195,8 @@ def _figures(progress: Progress) -> RenderableType:
         ("ESS/n", _ess(data.get("ess_ratio"))),
         ("γ", Text("–" if data.get("gamma") is None else _gamma(data).removeprefix("γ "))),
     ]
+    if "rollout.reward" in data:
+        left.append(("reward", _changed(progress, "rollout.reward")))
     if data.get("beta") is not None:
         left.append(("β", Text(number(data["beta"]))))
     right = [

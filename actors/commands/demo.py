@@ -1,7 +1,8 @@
-"""`modeseek demo`: from nothing to a comparison of two real jobs, over HTTP, on this machine.
+"""`modeseek demo`: from nothing to a comparison of three real jobs, over HTTP, on this machine.
 
-A service of its own with Ray under it; plain SFT and a weighted job with the same budget on the
-playground's MoE model; a table, and a report that compares the two.
+A service of its own with Ray under it; on the playground's MoE model plain SFT, a weighted job with
+the same budget, and an online job that learns from graded attempts of its own; a table, and a report
+that compares them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from actors.cli.follow import Follower
+from actors.cli.format import sparkline
 from actors.cli.tables import comparison
 from actors.local import free_port
 from modeseek_ray.client import Client
@@ -27,10 +29,11 @@ from modeseek_ray.errors import WorkerError
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.playground import data_files
 from modeseek_ray.reports import summarize, write_comparison
+from modeseek_ray.reports.results import read_metrics
 
 MODEL = "playground/moe"
 START_DEADLINE_S = 180.0
-# The same budget for both jobs; only the weighting differs.
+# The same budget for both offline jobs; only the weighting differs.
 TRAINING = {
     "epochs": 2,
     "batch_size": 32,
@@ -43,10 +46,31 @@ TRAINING = {
 }
 # A weighting and a regulariser are composed as in any job; both cost the new task little here.
 KL = {"direction": "forward", "coefficient": 0.3}
-JOBS: dict[str, dict[str, Any]] = {
+OFFLINE: dict[str, dict[str, Any]] = {
     "sft": {"type": "supervised", "supervised": {"training": TRAINING}},
     "anchored": {"type": "weighted", "weighted": {"preset": "anchored", "kl": KL, "training": TRAINING}},
 }
+# The model's own attempts, right ones rewarded; no answer is ever shown to it.
+ONLINE: dict[str, Any] = {
+    "type": "online",
+    "online": {
+        "reward": {"scheme": "exponential", "beta": 0.2, "scope": "group"},
+        "grader": {
+            "type": "string_check",
+            "input": "{{ sample.output_text }}",
+            "reference": "{{ item.reference }}",
+            "operation": "eq",
+        },
+        "rollout": {"samples_per_prompt": 8, "prompts_per_round": 16, "max_tokens": 12},
+        "training": {
+            "max_steps": 50,
+            "learning_rate": 5e-4,
+            "evaluate_every": 10,
+            "checkpoint_every": 25,
+        },
+    },
+}
+JOBS = {**OFFLINE, "online": ONLINE}
 
 
 def demo(home: Home, *, keep: bool) -> int:
@@ -57,13 +81,19 @@ def demo(home: Home, *, keep: bool) -> int:
     console.rule("1. A small real model, made on this machine")
     console.print(f"{MODEL}: {build('moe', home.root)}", highlight=False)
     with _service(home, console, keep=keep) as url, Client(url) as client:
-        console.rule("3. Two jobs over HTTP: plain SFT and a weighted one, same data, same budget")
-        ids = [_submit(client, home, name, console) for name in JOBS]
-        if not all([_follow(client, job_id, console) for job_id in ids]):
+        console.rule("3. Three jobs over HTTP: plain SFT, a weighted one with the same budget, an online one")
+        ids = {name: _submit(client, home, name, console) for name in JOBS}
+        if not all([_follow(client, job_id, console) for job_id in ids.values()]):
             return 1
         console.rule("4. What was learnt, and what was forgotten")
-        results = [home.results(job_id) for job_id in ids]
+        results = [home.results(job_id) for job_id in ids.values()]
         console.print(comparison([summarize(directory) for directory in results]))
+        console.print(
+            "sft and anchored learn from answers in four formats; online is shown questions of three letters alone"
+            " and learns from what its own attempts were worth.",
+            style="dim",
+        )
+        _print_rewards(results[list(ids).index("online")], console)
         page = write_comparison(results, home.root / "demo.html")
         console.print(f"Report: {page}", highlight=False, soft_wrap=True)
     return 0
@@ -72,16 +102,30 @@ def demo(home: Home, *, keep: bool) -> int:
 def job(name: str, home: Home) -> JobConfig:
     """One of the demo's jobs, with its files as paths."""
     files = data_files(home.root)
+    training, validation = ("new-task.prompts", "new-task.prompts-valid")
+    if name in OFFLINE:
+        training, validation = ("new-task.train", "new-task.valid")
     return parse_config(
         {
             "model": MODEL,
-            "training_file": str(files["new-task.train"]),
-            "validation_file": str(files["new-task.valid"]),
+            "training_file": str(files[training]),
+            "validation_file": str(files[validation]),
             "retention_file": str(files["old-tasks.retention"]),
             "method": JOBS[name],
             "suffix": name,
             "resources": {"trainers": 2, "zero_stage": 2},
         }
+    )
+
+
+def _print_rewards(results: Path, console: Console) -> None:
+    """How the mean reward of the online job's rounds rose."""
+    rewards_S = read_metrics(results).known("rollout.reward")[1]
+    first, last = float(rewards_S[:2].mean()), float(rewards_S[-5:].mean())
+    console.print(
+        f"online, mean reward: {first:.2f} in the first two rounds, {last:.2f} in the last five"
+        f"  {sparkline(list(rewards_S), 40)}",
+        highlight=False,
     )
 
 

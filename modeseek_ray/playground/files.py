@@ -17,18 +17,31 @@ from modeseek_ray.playground import corpus, new_task
 from modeseek_ray.playground.cache import build_lock, data_directory, written_whole
 from modeseek_ray.playground.facts import facts
 from modeseek_ray.playground.mixture import draw_row
-from modeseek_ray.playground.skills import SKILLS, Skill, distinct_letters, draw_input
+from modeseek_ray.playground.skills import LETTERS, SKILLS, Skill, distinct_letters, draw_input
 
 Record = dict[str, Any]
 
-FILES = ("new-task.train", "new-task.rewarded", "new-task.valid", "old-tasks.retention", "old-mix.replay")
+FILES = (
+    "new-task.train",
+    "new-task.rewarded",
+    "new-task.valid",
+    "new-task.prompts",
+    "new-task.prompts-valid",
+    "old-tasks.retention",
+    "old-mix.replay",
+)
 TRAINING_PROMPTS = 1000
 VALIDATION_PROMPTS = 100
+ONLINE_PROMPTS = 500
+ONLINE_LETTERS = 3  # short enough that the base models' guesses are right now and then
 RETENTION_ROWS = 40  # of each skill, and of text
 REPLAY_ROWS = 2000
 TEXT_SHARE = 0.1  # of the replay rows
 
 ROTATE = Skill(new_task.NAME, distinct_letters, new_task.rotated)
+SHORT_ROTATE = Skill(
+    new_task.NAME, lambda rng: "".join(rng.sample(LETTERS, ONLINE_LETTERS)), new_task.rotated
+)
 
 
 def data_files(home: Path, *, seed: int = 0) -> dict[str, Path]:
@@ -53,6 +66,8 @@ def all_records(seed: int) -> dict[str, list[Record]]:
         "new-task.train": [{k: v for k, v in row.items() if k != "reward"} for row in train],
         "new-task.rewarded": train,
         "new-task.valid": list(validation_rows(rng("new-task.valid"))),
+        "new-task.prompts": list(prompt_rows(rng("new-task.prompts"))),
+        "new-task.prompts-valid": list(short_validation_rows(rng("new-task.prompts-valid"))),
         "old-tasks.retention": list(retention_rows(rng("old-tasks.retention"))),
         "old-mix.replay": list(replay_rows(rng("old-mix.replay"))),
     }
@@ -75,6 +90,19 @@ def validation_rows(rng: random.Random) -> Iterator[Record]:
     for given in _distinct(ROTATE, rng, VALIDATION_PROMPTS, held_out=True):
         first, *others = new_task.answers(given).values()
         yield {**_chat(new_task.question(given), first, new_task.NAME), "accept": others}
+
+
+def prompt_rows(rng: random.Random) -> Iterator[Record]:
+    """Questions alone, for online jobs: the model tries, a grader compares with `reference`."""
+    for given in _distinct(SHORT_ROTATE, rng, ONLINE_PROMPTS, held_out=False):
+        question = [{"role": "user", "content": new_task.question(given)}]
+        yield {"messages": question, "reference": new_task.rotated(given), "task": new_task.NAME}
+
+
+def short_validation_rows(rng: random.Random) -> Iterator[Record]:
+    """Held-out questions of that length; only the plain answer is right."""
+    for given in _distinct(SHORT_ROTATE, rng, VALIDATION_PROMPTS, held_out=True):
+        yield _chat(new_task.question(given), new_task.rotated(given), new_task.NAME)
 
 
 def retention_rows(rng: random.Random) -> Iterator[Record]:
