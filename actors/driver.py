@@ -183,9 +183,7 @@ class Driver:
         """A batch with nothing to learn from still counts: the source has moved on."""
         self.state.step += 1
         self.state.cursor = self._source.state()
-        await self._journal.message(
-            f"Step {self.state.step}: no sample to train on; the weights stay.", level="warn"
-        )
+        await self._journal.skipped(self.state.step, self._source.figures(), self._plan.total_steps)
 
     async def _sync(self) -> None:
         """Hand the weights to the generator: what it writes next is written by this version."""

@@ -88,6 +88,17 @@ class ResultJournal:
         if self._steps_here == 1:
             await self._sink.running()
 
+    async def skipped(self, step: int, figures: Mapping[str, float], total_steps: int) -> None:
+        self._metrics.append(step, figures)
+        await self._track(step, figures)
+        progress = {"step": step, "total_steps": total_steps}
+        self._status.update(progress)
+        self._sink.beat(dict(self._status))
+        text = f"Step {step}/{total_steps}: no sample to train on; the weights stay."
+        self._emit("metrics", text, {**progress, **figures})
+        if self._steps_here == 0:
+            await self._sink.running()
+
     async def evaluated(self, step: int, reports: Mapping[str, EvalReport]) -> None:
         figures = flatten(None, None, reports)
         figures |= self._retention.add(figures)

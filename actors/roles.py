@@ -135,6 +135,10 @@ class Journal(Protocol):
         self, step: int, groups: Sequence[Group], weights: Weights, report: StepReport, total_steps: int
     ) -> None: ...
 
+    async def skipped(self, step: int, figures: Mapping[str, float], total_steps: int) -> None:
+        """A batch had no sample to train on; the weights stayed as they were."""
+        ...
+
     async def evaluated(self, step: int, reports: Mapping[str, EvalReport]) -> None: ...
 
     async def checkpoint(self, step: int, directory: Path, metrics: Mapping[str, float]) -> None:

@@ -109,6 +109,7 @@ class FakeJournal:
         self.weights: list[np.ndarray] = []
         self.reports: list[StepReport] = []
         self.warnings: list[tuple[str, ...]] = []
+        self.skips: list[tuple[int, dict[str, float]]] = []
         self.asked = 0
         self.stop_at = stop_at
         self.wanted = wanted
@@ -122,6 +123,9 @@ class FakeJournal:
         self.weights.append(weights.values_N)
         self.warnings.append(weights.warnings)
         self.reports.append(report)
+
+    async def skipped(self, step: int, figures: Mapping[str, float], total_steps: int) -> None:
+        self.skips.append((step, dict(figures)))
 
     async def evaluated(self, step: int, reports: Any) -> None: ...
 
@@ -273,6 +277,7 @@ async def test_a_batch_without_samples_counts_and_trains_nothing() -> None:
     trainer, journal = FakeTrainer(), FakeJournal()
     outcome = await _driver(_plan(), trainer=trainer, journal=journal, source=EmptySecond()).run()
     assert outcome.state.step == 4 and journal.steps == [1, 3, 4] and trainer.calls.count("step") == 3
+    assert journal.skips == [(2, {"handed": 2.0})]
 
 
 async def test_ratios_that_have_moved_far_are_warned_of() -> None:
