@@ -136,7 +136,9 @@ def _file(service: Service, caller: Caller, role: str, file_id: str) -> FileReco
             mend="Upload it to /v1/files and give the id it gets.",
             code="file_not_found",
         ) from None
-    if record.purpose != "fine-tune":
+    # The rollouts of a job may be weighed anew by another.
+    is_rollouts = record.purpose == "fine-tune-results" and record.filename.endswith("rollouts.parquet")
+    if record.purpose != "fine-tune" and not is_rollouts:
         raise ConfigError(
             f"file {file_id} has the purpose {record.purpose!r}.",
             param=role,
