@@ -302,6 +302,7 @@ class Attempt:
         return TrainerSpec(
             model_path=str(self._spec.model_path),
             objective=self._objective,
+            compare_routes=self._config.online is not None and self._config.online.compare_routes,
             training=self._config.training,
             resources=self._config.resources,
             seed=self._config.seed,

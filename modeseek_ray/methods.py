@@ -170,6 +170,9 @@ class OnlineMethod(Weighting):
     """Correct for the difference between trainer and engine."""
     routing_replay: Literal["R2", "R3"] | None = None
     """MoE: train under the routes the sampler took (R3), or the trainer took when the round began (R2)."""
+    compare_routes: bool = False
+    """With R3: also count each round where the trainer's own routers would choose other experts (one more
+    forward pass)."""
     training: Training = Training()
     """`epochs` counts passes over the prompts, `max_steps` rounds; the batch is the round's samples."""
 

@@ -34,7 +34,7 @@ def row_texts(path: Path, rows: Iterable[int]) -> dict[int, RowText]:
 
 
 def row_text(record: Mapping[str, Any]) -> RowText | None:
-    """Prompt and answer of a `messages` or a `prompt`/`completion` row.
+    """Prompt and answer of a row, as far as it has them as text.
 
     >>> row_text({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]})
     RowText(prompt='user: 2+2?', completion='4')
@@ -49,10 +49,16 @@ def row_text(record: Mapping[str, Any]) -> RowText | None:
     messages = record.get("messages")
     if isinstance(messages, list) and messages:
         turns = [m for m in messages if isinstance(m, Mapping)]
+        if turns and turns[-1].get("role") != "assistant":  # a question that the generator answered
+            turns.append({})
         before = [f"{turn.get('role', '?')}: {turn.get('content') or ''}" for turn in turns[:-1]]
         return RowText(_cut("\n".join(before)), _cut(str(turns[-1].get("content") or ""))) if turns else None
     if "completion" in record:
         return RowText(_cut(str(record.get("prompt") or "")), _cut(str(record["completion"])))
+    if isinstance(record.get("text"), str):  # the rollouts of another job
+        return RowText("", _cut(record["text"]))
+    if isinstance(record.get("prompt"), str):
+        return RowText(_cut(record["prompt"]), "")
     return None
 
 
@@ -85,7 +91,9 @@ def _jsonl_records(path: Path, wanted: set[int]) -> dict[int, Mapping[str, Any]]
 
 def _parquet_records(path: Path, wanted: set[int]) -> dict[int, Mapping[str, Any]]:
     file = pq.ParquetFile(path)
-    names = [n for n in ("messages", "prompt", "completion") if n in file.schema_arrow.names]
+    names = [n for n in ("messages", "prompt", "completion", "text") if n in file.schema_arrow.names]
+    if not names:
+        return {}
     records: dict[int, Mapping[str, Any]] = {}
     start = 0
     for index in range(file.num_row_groups):

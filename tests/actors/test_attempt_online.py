@@ -60,7 +60,7 @@ def finish(job_file: Path, out: Path) -> str:
 
 @pytest.fixture(scope="module")
 def online(playground_moe: Path, modeseek_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything at once: routes replayed, inner steps clipped, a ratio to the start, KL, two trainers' worth."""
+    """Everything at once: routes replayed, inner steps clipped, a ratio to the start, KL."""
     method = {
         "type": "online",
         "online": {
@@ -71,6 +71,7 @@ def online(playground_moe: Path, modeseek_home: Path, tmp_path_factory: pytest.T
             "rollout": {**ROLLOUT, "ties": "keep"},
             "mismatch": {"scheme": "tis"},
             "routing_replay": "R3",
+            "compare_routes": True,
             "training": {
                 "max_steps": ROUNDS,
                 "inner_steps": 2,
