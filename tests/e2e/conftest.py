@@ -43,8 +43,10 @@ def service(tmp_path_factory: pytest.TempPathFactory, playground_moe: Path) -> I
 class RunningService:
     """`with RunningService(home, root=…) as service:`; interrupted (Ctrl-C) at the end."""
 
-    def __init__(self, home: Path, *, root: Path) -> None:
+    def __init__(self, home: Path, *, root: Path, port: int | None = None) -> None:
+        """A `port` of its own is kept when it is started again: drivers report to it."""
         self._home = home
+        self._port = port
         self._root = root
         self._own = home / "models"
         self._own.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,7 @@ class RunningService:
     def __enter__(self) -> Service:
         from tests.conftest import find_free_port
 
-        port = find_free_port()
+        port = self._port or find_free_port()
         log = (self._home / "serve.log").open("ab")
         self.process = subprocess.Popen(
             [

@@ -1,0 +1,115 @@
+"""Kill points, put into real processes from outside: nothing of this is in the shipped code.
+
+Python imports this file in every process that has this directory on its path: the service, drivers,
+trainer ranks. Where `MODESEEK_FAULT_PLAN` names a file, the functions of `POINTS` are wrapped as their
+modules are imported; at each call the file is read, and what it asks for is done once:
+
+    {"point": "rank.step", "when": "before", "nth": 3, "rank": 1, "action": "SIGKILL"}
+
+`nth` counts the calls of one process. That the fault has happened is written beside the plan (`.fired`)
+before the signal is sent, so that the next attempt meets none.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import inspect
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+# Name of a point -> where it is. "before" a function, or "after" it has returned.
+POINTS = {
+    "driver.setup": "actors.driver:Driver._prepare",
+    "driver.score": "actors.attempt:Attempt._score",
+    "driver.step": "actors.driver:Driver._train",
+    "driver.save": "actors.driver:Driver._save",
+    "driver.finish": "actors.checkpoint:CheckpointStore.finish",  # hash, rename, prune
+    "driver.commit": "actors.http_sink:HttpSink.checkpoint",  # before: renamed; after: committed
+    "driver.export": "actors.attempt:Attempt._export",
+    "driver.check": "actors.attempt:Attempt._check_export",
+    "driver.end": "actors.http_sink:HttpSink.transition",
+    "rank.step": "actors.trainer:TrainerRank.step",
+    "rank.save": "actors.trainer:TrainerRank.save",
+    "rank.export": "actors.trainer:TrainerRank.export",
+    "api.commit": "modeseek_ray.jobs.driver_store:DriverStore.commit_checkpoint",
+    "api.events": "modeseek_ray.jobs.driver_store:DriverStore.append_events",
+    "api.transition": "modeseek_ray.jobs.driver_store:DriverStore.transition",
+    "api.begin": "modeseek_ray.jobs.attempt_store:AttemptStore.begin",
+}
+_PLAN = os.environ.get("MODESEEK_FAULT_PLAN")
+_calls: Counter[tuple[str, str]] = Counter()
+
+
+def _meet(point: str, when: str, instance: object) -> None:
+    """Do what the plan asks for at this call, if it asks for anything."""
+    assert _PLAN is not None
+    try:
+        plan = json.loads(Path(_PLAN).read_text())
+    except (OSError, ValueError):
+        return
+    if (plan.get("point"), plan.get("when")) != (point, when):
+        return
+    if "rank" in plan and getattr(instance, "_rank", None) != plan["rank"]:
+        return
+    _calls[point, when] += 1
+    if _calls[point, when] != plan["nth"]:
+        return
+    try:
+        with Path(f"{_PLAN}.fired").open("x") as fired:
+            json.dump({"pid": os.getpid()}, fired)
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.Signals[plan["action"]])
+
+
+def _wrap(point: str, function):  # type: ignore[no-untyped-def]
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def wrapped(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            _meet(point, "before", self)
+            result = await function(self, *args, **kwargs)
+            _meet(point, "after", self)
+            return result
+
+    else:
+
+        @functools.wraps(function)
+        def wrapped(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            _meet(point, "before", self)
+            result = function(self, *args, **kwargs)
+            _meet(point, "after", self)
+            return result
+
+    return wrapped
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of `POINTS` as usual, and wraps their functions once they are loaded."""
+
+    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        wanted = {point: place for point, place in POINTS.items() if place.split(":")[0] == name}
+        spec = PathFinder.find_spec(name, path, target) if wanted else None
+        if spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def load_and_wrap(module):  # type: ignore[no-untyped-def]
+            load(module)
+            for point, place in wanted.items():
+                class_name, method = place.split(":")[1].split(".")
+                owner = getattr(module, class_name)
+                setattr(owner, method, _wrap(point, getattr(owner, method)))
+
+        spec.loader.exec_module = load_and_wrap
+        return spec
+
+
+if _PLAN:
+    sys.meta_path.insert(0, _Finder())
