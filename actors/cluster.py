@@ -58,6 +58,7 @@ class RayWorker:
             raise WorkerError(
                 f"{self._name} died in {method}: {error}",
                 mend="Look for an out-of-memory kill on its node; the job can go on from its last checkpoint.",
+                code="worker_died",
             ) from error
 
     async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:

@@ -89,6 +89,10 @@ class HttpSink:
         await self._until_answered(self.flush)
         await self._until_answered(self._client.transition, to, **details)
 
+    async def delivered(self) -> None:
+        """Returns when the service has all that was emitted, or raises `LeaseLost`."""
+        await self._until_answered(self.flush)
+
     async def flush(self) -> None:
         """Send what is pending; keep it until it is acknowledged."""
         while self._pending:

@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 from actors.attempt import AttemptResult, AttemptSpec
 from actors.attempts import attempt_of
@@ -64,6 +66,11 @@ async def _drive(client: AttemptClient, home: Home, job_id: str, number: int) ->
         log.error("%s", error)
         return 1
     except ModeseekError as error:
+        if error.code == "worker_died":
+            # Nothing says that it would die again: the service starts a new attempt, three times if need be.
+            sink.emit(_event(f"The attempt ends: {error.message}"))
+            await sink.delivered()
+            return 1
         await sink.transition("failed", error=_wire_error(error))
     except Exception as error:
         log.exception("the attempt failed")
@@ -120,6 +127,7 @@ async def _conclude(sink: HttpSink, result: AttemptResult) -> None:
     """Tell the service how it ended; files are complete on disk by now."""
     ended = result.outcome.ended
     if ended == "run":
+        await sink.running()  # an attempt that resumed behind the last step has not said so yet
         await sink.transition(
             "succeeded",
             results={
@@ -132,6 +140,10 @@ async def _conclude(sink: HttpSink, result: AttemptResult) -> None:
         )
     else:
         await sink.transition("cancelled" if ended == "cancel" else "paused")
+
+
+def _event(text: str) -> dict[str, Any]:
+    return {"type": "message", "level": "warn", "message": text, "created_at": time.time(), "data": {}}
 
 
 def _wire_error(error: ModeseekError) -> dict[str, str | None]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from actors import http_sink
 from actors.commands import drive
-from modeseek_ray.errors import ServiceError
+from modeseek_ray.errors import ServiceError, WorkerError
 from modeseek_ray.jobs.paths import Home
 
 
@@ -82,3 +83,55 @@ async def test_a_driver_whose_lease_is_lost_ends_its_work_and_says_nothing(
     client: Any = Away()
     assert await asyncio.wait_for(drive._drive(client, home, "ftjob-1", 1), 10) == 1
     assert (ended.is_set(), said) == (True, [])
+
+
+class Listening:
+    """A service that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.messages: list[str] = []
+
+    async def heartbeat(self, progress: Any) -> str:
+        return "run"
+
+    async def events(self, events: Any) -> int:
+        self.messages += [event["message"] for event in events]
+        return int(events[-1]["seq"])
+
+    async def transition(self, to: str, **_: Any) -> None:
+        self.said.append(to)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (WorkerError("rank 1 died.", code="worker_died"), 1, []),  # a new attempt may do better
+        (WorkerError("rank 1 raised ValueError."), 0, ["failed"]),
+    ],
+)
+async def test_a_worker_that_died_ends_the_attempt_and_not_the_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: WorkerError, status: int, said: list[str]
+) -> None:
+    async def work(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(drive, "_work", work)
+    home, service = Home(tmp_path), Listening()
+    home.attempt("ftjob-1", 1).mkdir(parents=True)
+    client: Any = service
+    assert await drive._drive(client, home, "ftjob-1", 1) == status
+    assert service.said == said
+    assert bool(service.messages) == (status == 1)
+
+
+async def test_an_attempt_that_had_nothing_left_to_train_says_that_it_runs_before_it_succeeds(
+    tmp_path: Path,
+) -> None:
+    """Killed in the export, resumed at the last step: the state table has no way from starting to succeeded."""
+    service: Any = Listening()
+    sink = http_sink.HttpSink(service, tmp_path / "spool.jsonl")
+    outcome = SimpleNamespace(ended="run", state=SimpleNamespace(trained_tokens=1))
+    result: Any = SimpleNamespace(outcome=outcome, model_path=Path("/m"), result_files=[], picked={})
+    await drive._conclude(sink, result)
+    assert service.said == ["running", "succeeded"]

@@ -1,4 +1,4 @@
-"""Two cells of the fault matrix; all of them with `python -m tests.faults`."""
+"""One cell of the fault matrix; all of them with `python -m tests.faults`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from tests.faults.matrix import CELLS, HOOKS, IN_TESTS, Cell, Laboratory, hooked
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_rank_and_a_killed_driver_leave_the_same_weights_and_a_whole_history(
-    tmp_path: Path, tiny_dense: Path
-) -> None:
+def test_a_killed_rank_leaves_the_same_weights_and_a_whole_history(tmp_path: Path, tiny_dense: Path) -> None:
     (tmp_path / "home").mkdir()
     with Laboratory(tmp_path, tiny_dense) as laboratory:
         calm = laboratory.run(None)
