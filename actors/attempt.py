@@ -23,6 +23,7 @@ from actors.journal import ResultJournal
 from actors.pools import TrainerPool
 from actors.reward_model import ClassifierPool, RewardModelSpec
 from actors.roles import Source
+from actors.rounds import FrozenRounds
 from actors.scorers import ScorerPool
 from actors.scoring import ScoringSpec, score_dataset
 from actors.sources import DatasetSource, probe_groups
@@ -161,7 +162,9 @@ class Attempt:
         trainer = await self._placement.trainers(self._trainer_spec(), self._config.resources.trainers)
         try:
             source = DatasetSource(dataset, cursor, self._placement.put)
-            driver = await self._driver(plan, source, trainer, data.probes)
+            driver = await self._driver(
+                plan, source, trainer, data.probes, frozen=self._frozen_rounds(dataset, plan)
+            )
             outcome = await driver.run()
             if outcome.ended != "run":
                 return self._stopped(outcome)
@@ -170,6 +173,18 @@ class Attempt:
             await trainer.close()
             await self._placement.close()
         return await self._succeed(outcome, exported, training)
+
+    def _frozen_rounds(self, dataset: Dataset, plan: Plan) -> FrozenRounds | None:
+        """Where the weighting looks at the policy its round began with."""
+        if "round" not in needs(plan.weighting):
+            return None
+        everything = dataset.groups(dataset.all_indices(), self._placement.put(dataset.samples))
+        return FrozenRounds(
+            everything,
+            self._spec.directory / "rounds",
+            rounds=plan.weighting.rounds,
+            total_steps=plan.total_steps,
+        )
 
     def _plan(self, training: ResolvedTraining, total_steps: int) -> Plan:
         self._record("running", picked=asdict(training), total_steps=total_steps)

@@ -22,6 +22,7 @@ from modeseek_ray.config import JobConfig, OnlineMethod
 from modeseek_ray.data.auto import ResolvedTraining, resolve_training
 from modeseek_ray.data.prompts import load_prompts
 from modeseek_ray.data.tokenizer import ChatTokenizer
+from modeseek_ray.reports.rows import steering_of
 from modeseek_ray.weights import needs
 
 
@@ -56,6 +57,8 @@ class OnlineAttempt(Attempt):
                 self._journal,
                 rounds=plan.total_steps,
                 seed=self._config.seed,
+                steering=steering_of(self._config.model_dump(mode="json", exclude_unset=True))
+                or "low_is_unmastered",
             )
             channel = VerifiedChannel(
                 trainer,

@@ -18,6 +18,7 @@ import numpy as np
 
 from actors.inner import MiniBatch, merge_reports, mini_batches, parts_of
 from actors.roles import Desired, Journal, Scorer, Source, Trainer, WeightChannel
+from actors.rounds import FrozenRounds
 from modeseek_ray.data.auto import ResolvedTraining, learning_rate_at
 from modeseek_ray.errors import NumericsError
 from modeseek_ray.objectives.deltas import ratio_warnings
@@ -83,6 +84,7 @@ class Driver:
         probes: Mapping[str, Sequence[Group]] | None = None,
         reference: Scorer | None = None,
         channel: WeightChannel | None = None,
+        frozen: FrozenRounds | None = None,
     ) -> None:
         self._plan = plan
         self._source = source
@@ -92,6 +94,7 @@ class Driver:
         self._probes = probes or {}
         self._reference = reference
         self._channel = channel
+        self._frozen = frozen
         self._needs_policy = "policy" in needs(plan.weighting)
         self._evaluations: Mapping[str, EvalReport] = {}
         self._sync_figures: Mapping[str, float] = {}
@@ -139,6 +142,8 @@ class Driver:
             return
         if self._reference is not None:
             groups = await self._reference.score(groups)
+        if self._frozen is not None:
+            groups = await self._frozen.fill(groups, self.state.step, self._trainer)
         if self._plan.looks_back:
             num_samples = sum(len(g) for g in groups)
             parts = parts_of(num_samples, self._plan.inner_steps, seed=self._inner_seed)
@@ -147,6 +152,7 @@ class Driver:
             groups = await self._trainer.score(groups)
         weights = self._weigh(groups)
         report = await self._step(groups, weights)
+        self._source.observe(groups, weights)
         weights = replace(weights, warnings=(*weights.warnings, *ratio_warnings(report.figures)))
         if not np.isfinite([report.loss, report.grad_norm]).all():
             raise NumericsError(

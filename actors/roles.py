@@ -35,6 +35,10 @@ class Source(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None: ...
 
+    def observe(self, groups: Sequence[Group], weights: Weights) -> None:
+        """What the samples of the batch counted, which may decide what is handed out later."""
+        ...
+
     def figures(self) -> Mapping[str, float]:
         """What there is to say of the batch handed out last, by flat names."""
         ...

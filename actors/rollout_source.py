@@ -24,7 +24,9 @@ from actors.rollouts import Rollout, RolloutStore, by_prompt
 from actors.sources import Put
 from modeseek_ray import config
 from modeseek_ray.errors import StorageError
-from modeseek_ray.types import Group, Handle, IntArray, Prompt, Sample
+from modeseek_ray.types import Group, Handle, IntArray, Prompt, Sample, Weights
+from modeseek_ray.weights import PromptLedger, draw_prompts
+from modeseek_ray.weights.steering import Steering
 
 _SHOWN_TEXT = 400  # characters of a sampled text in an event
 
@@ -76,7 +78,9 @@ class RolloutSource:
         *,
         rounds: int,
         seed: int,
+        steering: Steering = "low_is_unmastered",
     ) -> None:
+        """`steering`: how to read small weights, where `settings.steer` draws prompts by them."""
         self._prompts = prompts
         self._settings = settings
         self._answerer = answerer
@@ -85,6 +89,9 @@ class RolloutSource:
         self._journal = journal
         self._rounds = rounds
         self._order = PromptOrder(len(prompts), seed)
+        self._steering = steering
+        self._ledger = PromptLedger.empty(len(prompts))
+        self._position = {prompt.ordinal: i for i, prompt in enumerate(prompts)}
         self._handed_out = 0
         self._figures: dict[str, float] = {}
 
@@ -124,8 +131,16 @@ class RolloutSource:
                 return [_with_live_routes(_sample(r, -1)) for r in rollouts[:count]]
         return []
 
+    def observe(self, groups: Sequence[Group], weights: Weights) -> None:
+        """Remember what each prompt's samples counted. Rounds that are under way were chosen before."""
+        if self._settings.steer > 0:
+            row_N = np.concatenate([group.row_N for group in groups])
+            position_N = np.array([self._position[int(row)] for row in row_N])
+            self._ledger = self._ledger.add(position_N, weights.values_N)
+
     def state(self) -> Mapping[str, Any]:
-        return {"round": self._handed_out, "data": self._identity()}
+        steered = {"ledger": self._ledger.state()} if self._settings.steer > 0 else {}
+        return {"round": self._handed_out, "data": self._identity(), **steered}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Stand behind the round that `state` was taken after. Raises `StorageError` for other prompts."""
@@ -135,6 +150,8 @@ class RolloutSource:
                 mend="Resume with the same prompts, rollout and seed, or start a new job.",
             )
         self._handed_out = int(state["round"])
+        if "ledger" in state:
+            self._ledger = PromptLedger.of_state(state["ledger"])
 
     def _identity(self) -> dict[str, int]:
         return {
@@ -153,7 +170,7 @@ class RolloutSource:
             return Round(number, stored, *self._without_ties(stored))
         seconds: dict[str, float] = {}
         size = min(self._settings.prompts_per_round, len(self._prompts))
-        asked = list(dict.fromkeys(self._order.take(number * size, size)))  # a round asks nothing twice
+        asked = self._choose(number, size)
         written = await self._answer(asked, number, seconds)
         kept, tied = self._without_ties(written)
         if tied and self._settings.ties == "resample":
@@ -163,6 +180,14 @@ class RolloutSource:
             kept, tied = self._without_ties(written)
         await asyncio.to_thread(self._store.write, number, written)
         return Round(number, written, kept, tied, seconds)
+
+    def _choose(self, number: int, size: int) -> list[int]:
+        """Which prompts a round asks, none twice: in shuffled epochs, or by what they weighed so far."""
+        if self._settings.steer == 0:
+            return list(dict.fromkeys(self._order.take(number * size, size)))
+        rng = np.random.default_rng([self._order.seed, number])
+        drawn = draw_prompts(self._ledger, size, rng, self._settings.steer, steering=self._steering)
+        return [int(i) for i in drawn]
 
     async def _answer(
         self, positions: Sequence[int], round_: int, seconds: dict[str, float]

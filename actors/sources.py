@@ -7,7 +7,7 @@ from typing import Any
 
 from modeseek_ray.data.cursor import Cursor
 from modeseek_ray.data.dataset import Dataset
-from modeseek_ray.types import Group, Sample
+from modeseek_ray.types import Group, Sample, Weights
 
 Put = Callable[[list[Sample]], Any]
 
@@ -34,6 +34,9 @@ class DatasetSource:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._cursor.restore(state)
+
+    def observe(self, groups: Sequence[Group], weights: Weights) -> None:
+        """The order of rows does not depend on what they count."""
 
     def figures(self) -> Mapping[str, float]:
         return {}

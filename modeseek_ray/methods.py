@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from modeseek_ray.objectives.parameters import Clip, MismatchSection
 from modeseek_ray.rewards import GraderSection
 from modeseek_ray.strict import Strict
-from modeseek_ray.weights import Weighting
+from modeseek_ray.weights import Weighting, uses_likelihood
 
 Auto = Literal["auto"]
 
@@ -150,6 +150,9 @@ class Rollout(Strict):
     ties: Literal["skip", "keep", "resample"] = "skip"
     """Groups whose rewards are all the same tell nothing: leave them out, train on them anyway, or leave
     them out and ask as many further prompts once."""
+    steer: float = Field(0.0, ge=0, le=1)
+    """How much later rounds ask what earlier weights call for: 0 = shuffled epochs, 1 = prompts drawn wholly by
+    their mean weight, those not mastered first. Needs a likelihood ratio; below 1 no prompt is left out."""
     max_failed_share: float = Field(0.1, ge=0, le=1)
     """Stop the job when the grader fails on a larger share of a round's samples than this."""
 
@@ -191,6 +194,11 @@ class OnlineMethod(Weighting):
             raise ValueError(
                 "rollout.top_p below 1 changes the probabilities that token ratios compare; set it to 1, or drop"
                 " clip, mismatch and policy_over_data"
+            )
+        if self.rollout.steer > 0 and not uses_likelihood(self):
+            raise ValueError(
+                "rollout.steer goes by weights of likelihood, and this weighting has none; set it to 0,"
+                " or choose a `likelihood`"
             )
         if self.training.batch_size != "auto":
             raise ValueError(

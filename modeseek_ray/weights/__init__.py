@@ -12,7 +12,7 @@ from modeseek_ray.weights.presets import PRESETS, preset_fields
 from modeseek_ray.weights.solve import effective_sample_size
 from modeseek_ray.weights.steering import PromptLedger, draw_prompts, prompt_probabilities
 from modeseek_ray.weights.weigh import observe, weigh
-from modeseek_ray.weights.weighting import Guards, Weighting, needs, resolve
+from modeseek_ray.weights.weighting import Guards, Weighting, needs, resolve, uses_likelihood
 
 __all__ = [
     "PRESETS",
@@ -35,5 +35,6 @@ __all__ = [
     "preset_fields",
     "prompt_probabilities",
     "resolve",
+    "uses_likelihood",
     "weigh",
 ]

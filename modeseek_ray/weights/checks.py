@@ -238,12 +238,6 @@ def _against_data(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
             f"{weighting.likelihood.of} needs to know how likely the data were to their author.",
             "Give `logprobs` with every row, or name a behavior_model, or choose another `of`.",
         )
-    if "round" in wanted:
-        yield _error(
-            "rounds",
-            "no job freezes the policy as a round begins yet.",
-            "Set rounds: 1, and start the next round from the finished model.",
-        )
     if "distance" in wanted:
         yield _error(
             "likelihood.gamma.per_sample.distance",

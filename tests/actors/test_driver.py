@@ -12,6 +12,7 @@ import pytest
 
 from actors.driver import Driver, Plan
 from actors.inner import mini_batches
+from actors.rounds import FrozenRounds
 from modeseek_ray.data.auto import ResolvedTraining
 from modeseek_ray.errors import NumericsError
 from modeseek_ray.types import EvalReport, Group, Handle, StepPlan, StepReport
@@ -27,6 +28,7 @@ class FourBatches:
 
     def __init__(self) -> None:
         self.handed = 0
+        self.observed: list[int] = []
 
     async def __aiter__(self) -> Any:
         while self.handed < 4:
@@ -38,6 +40,9 @@ class FourBatches:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.handed = state["handed"]
+
+    def observe(self, groups: Sequence[Group], weights: Any) -> None:
+        self.observed.append(len(weights.values_N))
 
     def figures(self) -> Mapping[str, float]:
         return {"handed": float(self.handed)}
@@ -323,3 +328,27 @@ def test_mini_batches_hold_every_sample_once_with_its_weight() -> None:
         np.testing.assert_array_equal(np.concatenate([g.payload.index_N for g in part.groups]), rows % 10)
     assert sorted(np.concatenate([g.row_N for p in parts for g in p.groups])) == sorted(rows_N)
     assert mini_batches(groups, rows_N, 1, seed=(0, 1))[0].groups == groups
+
+
+async def test_rounds_weigh_by_the_policy_they_began_with(tmp_path: Path) -> None:
+    """Two rounds of two steps: scored anew as each begins, kept on disk, read again by a resumed attempt."""
+
+    class Moving(FakeTrainer):
+        async def score(self, groups: Sequence[Group]) -> list[Group]:
+            self.calls.append("score")
+            moved = float(self.calls.count("step"))
+            return [g.with_columns(log_policy_N=-moved - g.row_N) for g in groups]
+
+    trainer = Moving()
+    everything = [_group(row) for row in range(10)]
+    frozen = FrozenRounds(everything, tmp_path, rounds=2, total_steps=4)
+    batches = []
+    for step in range(4):
+        batches.append(await frozen.fill([_group(2), _group(7)], step, trainer))  # type: ignore[arg-type]
+        trainer.calls.append("step")
+    assert trainer.calls == ["score", "step", "step", "score", "step", "step"]
+    filled = [[float(g.log_round_N[0]) for g in groups] for groups in batches]  # type: ignore[index]
+    assert filled == [[-2.0, -7.0], [-2.0, -7.0], [-4.0, -9.0], [-4.0, -9.0]]
+    again = FrozenRounds(everything, tmp_path, rounds=2, total_steps=4)
+    resumed = await again.fill([_group(7)], 3, FakeTrainer())  # type: ignore[arg-type]
+    assert float(resumed[0].log_round_N[0]) == -9.0  # type: ignore[index]

@@ -18,7 +18,7 @@ from actors.rollouts import RolloutStore
 from modeseek_ray.config import Rollout
 from modeseek_ray.errors import StorageError
 from modeseek_ray.rewards import Grade, GradeItem, GraderError
-from modeseek_ray.types import Completion, Group, Prompt
+from modeseek_ray.types import Completion, Group, Prompt, Weights
 
 PROMPTS = [Prompt(i, np.array([10 + i], dtype=np.int32), {"task": "t", "weight": 2.0}) for i in range(7)]
 
@@ -171,6 +171,28 @@ def test_tied_questions_are_replaced_by_others(tmp_path: Path) -> None:
     again = make(tmp_path, FakeGenerator(2), grader=FakeGrader(tied=asked[:1]), rounds=1, ties="resample")
     (same,) = asyncio.run(train(again, FakeGenerator(2)))
     assert tokens(same) == tokens(groups)
+
+
+def test_prompts_that_weigh_little_are_asked_more(tmp_path: Path) -> None:
+    """Prompt 3 weighs next to nothing, the others a lot: steered wholly, it is in every later round."""
+    generator = FakeGenerator(2)
+    source = make(tmp_path, generator, rounds=12, steer=1.0)
+
+    async def train_and_tell() -> None:
+        async for groups in source:
+            rows_N = np.concatenate([g.row_N for g in groups])
+            values_N = np.where(rows_N == 3, 1e-3, 50.0)
+            source.observe(groups, Weights(values_N, None, None, 1.0, "none"))
+            generator.version += 1
+
+    asyncio.run(train_and_tell())
+    asked = [prompts for _, prompts in generator.asked]
+    first = next(i for i, prompts in enumerate(asked) if 3 in prompts)
+    assert all(3 in prompts for prompts in asked[first:]) and first < 11
+    other = make(tmp_path / "other", again := FakeGenerator(2), rounds=13, steer=1.0)
+    other.restore(source.state())  # 12 rounds: the ledger comes with the checkpoint
+    asyncio.run(train(other, again))
+    assert 3 in again.asked[0][1]
 
 
 def test_failing_samples_are_left_out_and_too_many_stop_the_job(tmp_path: Path) -> None:

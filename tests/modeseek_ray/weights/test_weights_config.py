@@ -185,7 +185,6 @@ IMPOSSIBLE = [
         "reward.beta.ess.floor",
     ),
     ({"preset": "psft"}, Facts(), "token.scheme"),
-    ({"preset": "iterative", "rounds": 2}, Facts(), "rounds"),
     ({"preset": "iterative"}, Facts(has_log_behavior=False), "likelihood.of"),
     ({"rounds": 2}, Facts(), "rounds"),
     ({**ratio(), "rounds": 2}, Facts(), "rounds"),
