@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from modeseek_ray.objectives.parameters import Clip, MismatchSection
 from modeseek_ray.rewards import GraderSection
 from modeseek_ray.strict import Strict
-from modeseek_ray.weights import Weighting, uses_likelihood
+from modeseek_ray.weights import Weighting, needs, uses_likelihood
 
 Auto = Literal["auto"]
 
@@ -199,6 +199,11 @@ class OnlineMethod(Weighting):
             raise ValueError(
                 "rollout.steer goes by weights of likelihood, and this weighting has none; set it to 0,"
                 " or choose a `likelihood`"
+            )
+        if "round" in needs(self):
+            raise ValueError(
+                "an online job's samples are the current policy's own, so there is no round to freeze it for;"
+                " set rounds to 1, or use a `weighted` job on the rollouts"
             )
         if self.training.batch_size != "auto":
             raise ValueError(
