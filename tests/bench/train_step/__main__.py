@@ -29,14 +29,17 @@ from tests.bench.train_step.workload import PROMPT_SHARE, Case, build_model
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT_S = 1800
+RANK_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
 
 Results = list[tuple[Case, dict[str, Outcome]]]
 
 
 def run(name: str, model: Path, case: Case) -> Outcome:
     """Run one contender. Raises `RuntimeError` with the end of its output if it fails."""
+    # A contender is a job of one: not a rank of whatever this process once was.
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     environment = {
-        **os.environ,
+        **inherited,
         "OMP_NUM_THREADS": str(case.threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": str(ROOT),

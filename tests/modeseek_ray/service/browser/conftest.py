@@ -1,6 +1,7 @@
-"""A real browser, headless. Where none is found these tests are not run, and the last lines say so.
+"""A real browser, headless. `make test-page` runs these tests, in a pytest of their own.
 
-`make test-page` runs them alone, and fails where there is no browser.
+Its driver keeps an event loop running in the main thread, in which no other test could start one.
+Elsewhere they are not collected, and the last lines of the run say so.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ CHROMIUM = os.environ.get("MODESEEK_CHROMIUM") or next(
 )
 HOW = "install one (Debian: apt install chromium) or name one: MODESEEK_CHROMIUM=/path/to/chromium"
 
-if CHROMIUM is None and os.environ.get("MODESEEK_PAGE_TESTS") == "required":
+WANTED = os.environ.get("MODESEEK_PAGE_TESTS") == "required"
+
+if WANTED and CHROMIUM is None:
     raise pytest.UsageError(f"the page's tests need a Chromium: {HOW}")
-collect_ignore_glob = [] if CHROMIUM else ["test_*.py"]
+collect_ignore_glob = [] if WANTED else ["test_*.py"]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if CHROMIUM is None:
+    if not WANTED:
         terminalreporter.write_line(
-            f"NOT RUN: the page in a browser; no Chromium was found. {HOW}", yellow=True
+            "NOT RUN here: the page in a browser; `make test-page` does.", yellow=True
         )
 
 
