@@ -93,6 +93,7 @@ class AttemptSpec:
     cache: Path  # shared by jobs: reference scores
     behavior_model_path: Path | None = None
     endpoints: tuple[Endpoint, ...] = ()  # judges that graders may ask
+    judges: Mapping[str, Path] = field(default_factory=dict)  # graders' local classifiers, by name
     # The newest checkpoint that a store has committed (None = none yet). FROM_DISK: no store keeps
     # this job's history, so a checkpoint that is complete on disk is committed.
     committed: Path | None = FROM_DISK

@@ -68,7 +68,7 @@ class BestOfNAttempt(Attempt):
             return "run"
         resources, method = self._config.resources, self._method
         spec = generator_spec(self._config, str(self._spec.model_path), self._max_length)
-        grading = Grading.of(self._config, self._spec.endpoints)
+        grading = Grading.of(self._config, self._spec.endpoints, self._spec.judges)
         await self._placement.reserve(
             trainers=0, generators=resources.generators, generator=spec, classifiers=grading.seats()
         )

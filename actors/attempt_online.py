@@ -39,7 +39,7 @@ class OnlineAttempt(Attempt):
         probes = self._probes(tokenizer)
         training = await self._resolve_rounds(len(prompts))
         plan = self._plan(training, training.total_steps)
-        grading = Grading.of(self._config, self._spec.endpoints)
+        grading = Grading.of(self._config, self._spec.endpoints, self._spec.judges)
         trainer, generator, reference = await self._workers(grading)
         grader = await grading.start(self._placement)
         try:

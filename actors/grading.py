@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.reward_model import ClassifierPool, RewardModelSpec
@@ -25,14 +26,18 @@ class Grading:
     classifiers: tuple[RewardModelSpec, ...]
 
     @classmethod
-    def of(cls, config: JobConfig, endpoints: Sequence[Endpoint]) -> Grading:
-        """Raises `ConfigError` for a judge the operator does not allow."""
+    def of(cls, config: JobConfig, endpoints: Sequence[Endpoint], judges: Mapping[str, Path]) -> Grading:
+        """`judges`: where the local classifiers lie, by the names the job calls them (`playground/…`, `ft:…`).
+
+        Raises `ConfigError` for a judge the operator does not allow.
+        """
         resources = config.resources
         param = f"method.{config.method.type}.grader"
         sections = [section for _, section in local_models(config.grader, endpoints=endpoints, param=param)]
         specs = [
             RewardModelSpec(
-                model_path=section.model,
+                model_path=str(judges[section.model]),
+                name=section.model,
                 label=section.label,
                 cpus_per_worker=resources.cpus_per_worker,
                 gpus_per_worker=resources.gpus_per_worker,

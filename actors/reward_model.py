@@ -29,7 +29,7 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class RewardModelSpec:
-    """The classifier and how it computes. Everything here but the last two changes bits of the scores."""
+    """The classifier and how it computes. Everything here but the last three changes bits of the scores."""
 
     model_path: str  # a Hugging Face directory
     label: str | None = None  # the label whose probability is the score; None = the single logit itself
@@ -37,11 +37,12 @@ class RewardModelSpec:
     micro_batch_tokens: int = 8192  # most positions computed at once, padding included
     cpus_per_worker: float = 1.0  # also torch's threads, rounded down, at least one
     gpus_per_worker: float = 0.0
+    name: str | None = None  # what the job calls the model; None = its path
 
     @property
     def key(self) -> tuple[str, str | None]:
         """What a grader calls it by."""
-        return self.model_path, self.label
+        return self.name or self.model_path, self.label
 
     @property
     def num_threads(self) -> int:

@@ -5,18 +5,21 @@ The same checks behind `modeseek check`, `modeseek run` and the service's valida
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from modeseek_ray.config import JobConfig
 from modeseek_ray.data.report import DataReport
-from modeseek_ray.errors import ConfigError, Warn
+from modeseek_ray.errors import ConfigError, ModelError, Warn
 from modeseek_ray.jobs.integrations import check_integrations
 from modeseek_ray.jobs.models import ModelInfo, resolve_model
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.plan import Plan, plan
 from modeseek_ray.jobs.spec import FILE_ROLES
+from modeseek_ray.rewards.build import local_models
+from modeseek_ray.rewards.endpoints import Endpoint
 from modeseek_ray.weights.checks import Facts, check_weighting
 
 
@@ -55,6 +58,21 @@ def files_of(config: JobConfig, base: Path) -> dict[str, Path]:
 def local_model(name: str, home: Home) -> Path:
     """A model for `modeseek run` and `check`, which act with the rights of whoever types them."""
     return resolve_model(name, home=home, roots=[Path("/")])
+
+
+def local_judges(config: JobConfig, endpoints: Sequence[Endpoint], home: Home) -> dict[str, Path]:
+    """Directories of the grader's local classifiers, by the names the job calls them, found as `local_model`."""
+    if config.grader is None:
+        return {}
+    param = f"method.{config.method.type}.grader"
+    found = {}
+    for path, section in local_models(config.grader, endpoints=endpoints, param=param):
+        try:
+            found[section.model] = local_model(section.model, home)
+        except ModelError as error:
+            error.param = error.param or f"{path}.model"
+            raise
+    return found
 
 
 def preflight(config: JobConfig, data: DataReport, model_path: Path, *, has_behavior: bool) -> Preflight:

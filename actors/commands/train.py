@@ -13,7 +13,7 @@ from rich.console import Console
 from actors.attempt import AttemptResult, AttemptSpec, Placement
 from actors.attempts import attempt_of
 from actors.cli.follow import Follower
-from actors.commands.preflight import files_of, local_model, preflight
+from actors.commands.preflight import files_of, local_judges, local_model, preflight
 from actors.journal import CallbackSink, ResultJournal
 from actors.local import LocalPlacement
 from actors.trackers import trackers_of
@@ -45,6 +45,7 @@ def prepare(job_file: Path, home: Home, out: Path) -> AttemptSpec:
     """Read and check a job file as the service would. Raises before anything is started."""
     config = read_config(job_file)
     files = files_of(config, job_file.parent)
+    endpoints = read_endpoints(home.endpoints)
     model = local_model(config.model, home)
     behavior = None if config.behavior_model is None else local_model(config.behavior_model, home)
     preflight(config, inspect_job(config, files, model), model, has_behavior=behavior is not None)
@@ -55,9 +56,10 @@ def prepare(job_file: Path, home: Home, out: Path) -> AttemptSpec:
         files=files,
         model_path=model,
         behavior_model_path=behavior,
+        judges=local_judges(config, endpoints, home),
         directory=out,
         cache=home.cache,
-        endpoints=read_endpoints(home.endpoints),
+        endpoints=endpoints,
     )
 
 

@@ -19,7 +19,8 @@ class JobSpec:
     """A job's configuration and where its inputs lie.
 
     `files` maps those of `FILE_ROLES` that the job has to paths; `filenames` to the names their
-    owner knows them by, for messages. `checkpoint` is the newest committed one, to resume from.
+    owner knows them by, for messages. `judges` maps the names of the grader's local classifiers to
+    directories. `checkpoint` is the newest committed one, to resume from.
     """
 
     job_id: str
@@ -27,6 +28,7 @@ class JobSpec:
     files: Mapping[str, Path]
     model_path: Path
     behavior_model_path: Path | None = None
+    judges: Mapping[str, Path] = field(default_factory=dict)
     filenames: Mapping[str, str] = field(default_factory=dict)
     home: Path | None = None
     attempt: int = 0
@@ -41,6 +43,7 @@ class JobSpec:
             "filenames": dict(self.filenames),
             "model_path": str(self.model_path),
             "behavior_model_path": _text(self.behavior_model_path),
+            "judges": {name: str(path) for name, path in self.judges.items()},
             "home": _text(self.home),
             "attempt": self.attempt,
             "fence": self.fence,
@@ -57,6 +60,7 @@ class JobSpec:
             filenames=dict(data.get("filenames") or {}),
             model_path=Path(data["model_path"]),
             behavior_model_path=_path(data.get("behavior_model_path")),
+            judges={name: Path(path) for name, path in (data.get("judges") or {}).items()},
             home=_path(data.get("home")),
             attempt=data.get("attempt", 0),
             fence=data.get("fence", 0),

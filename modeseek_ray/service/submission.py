@@ -36,6 +36,7 @@ class Checked:
     files: dict[str, FileRecord]
     model_path: Path
     behavior_model_path: Path | None
+    judges: dict[str, Path]  # the grader's local classifiers, by the names the job calls them
 
     def spec(self, service: Service, job_id: str) -> JobSpec:
         return JobSpec(
@@ -45,6 +46,7 @@ class Checked:
             filenames={role: record.filename for role, record in self.files.items()},
             model_path=self.model_path,
             behavior_model_path=self.behavior_model_path,
+            judges=self.judges,
             home=service.home.root,
         )
 
@@ -65,10 +67,9 @@ def check(service: Service, caller: Caller, body: Any, capacity: Capacity | None
         behavior_path = service.resolve_model(behavior, caller.tenant_id, "behavior_model")
     if capacity is not None:
         refuse_what_never_fits(plan(config, ModelInfo.read(model_path)), capacity)
-    if config.grader is not None:
-        _check_judges(service, caller, config)
+    judges = {} if config.grader is None else _judges(service, caller, config)
     _check_rows(service, files, asks=config.rollout is not None)
-    return Checked(config, files, model_path, behavior_path)
+    return Checked(config, files, model_path, behavior_path, judges)
 
 
 def refuse_what_never_fits(wanted: Plan, capacity: Capacity) -> None:
@@ -148,12 +149,14 @@ def _file(service: Service, caller: Caller, role: str, file_id: str) -> FileReco
     return record
 
 
-def _check_judges(service: Service, caller: Caller, config: JobConfig) -> None:
-    """Endpoints must be allowed by the operator, local classifiers must lie under an allowed root."""
+def _judges(service: Service, caller: Caller, config: JobConfig) -> dict[str, Path]:
+    """Directories of local classifiers, which the tenant must be allowed; endpoints, the operator must allow."""
     endpoints = read_endpoints(service.home.endpoints)
     param = f"method.{config.method.type}.grader"
-    for path, section in local_models(config.grader, endpoints=endpoints, param=param):
-        service.resolve_model(section.model, caller.tenant_id, f"{path}.model")
+    return {
+        section.model: service.resolve_model(section.model, caller.tenant_id, f"{path}.model")
+        for path, section in local_models(config.grader, endpoints=endpoints, param=param)
+    }
 
 
 def _check_rows(service: Service, files: dict[str, FileRecord], *, asks: bool) -> None:

@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from actors.cluster import RayPlacement
-from actors.local import LocalWorker
+from actors.grading import Grading
+from actors.local import LocalPlacement, LocalWorker
 from actors.reward_model import ClassifierPool, RewardModel, RewardModelSpec
-from modeseek_ray.config import Resources
+from modeseek_ray.config import Resources, parse_config
 from modeseek_ray.errors import ModelError
 from modeseek_ray.rewards import GradeItem, Grader, build_grader
 from modeseek_ray.rewards.parameters import ScoreModel
@@ -194,6 +195,27 @@ async def test_a_pool_grades_in_order_and_its_size_changes_no_bit(
     np.testing.assert_allclose(
         [grade.reward for grade in found[0]], logits_alone(one_logit, CONVERSATIONS)[:, 0], atol=1e-5
     )
+
+
+async def test_a_job_s_judge_is_loaded_from_where_its_name_leads(one_logit: str) -> None:
+    """`ft:judge` is what the job and its grader say; the directory is what the service made of it."""
+    grader = {
+        "type": "score_model",
+        "model": "ft:judge",
+        "input": [
+            {"role": "user", "content": "Is it {{ item.n }}?"},
+            {"role": "assistant", "content": "{{ sample.output_text }}"},
+        ],
+    }
+    method = {"type": "online", "online": {"preset": "grpo", "grader": grader}}
+    config = parse_config({"model": "m", "training_file": "f", "method": method})
+    grading = Grading.of(config, (), {"ft:judge": Path(one_logit)})
+    built = await grading.start(LocalPlacement())
+    try:
+        found = [grade.reward for grade in await built.grade(ITEMS)]
+    finally:
+        await built.close()
+    np.testing.assert_allclose(found, logits_alone(one_logit, CONVERSATIONS)[:, 0], atol=1e-5)
 
 
 async def test_on_ray_a_classifier_that_is_killed_is_started_again(one_logit: str, ray_cluster: Any) -> None:

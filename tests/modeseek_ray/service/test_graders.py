@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 from typing import Any
 
 import openai
 import pytest
+
+from modeseek_ray.errors import ModeseekError
+from modeseek_ray.jobs.spec import JobSpec
 
 EQUALS = {
     "type": "string_check",
@@ -95,3 +100,32 @@ def test_judges_are_those_of_the_operator_s_list(start_service: Any, tmp_path: A
         result = run(service, grader, "Paris")
         assert result.reward is None
         assert "after 1 attempt(s): ConnectError" in result.metadata.errors.details
+
+
+async def _succeed(service: Any, job_id: str) -> None:
+    """What a driver says of a job whose model is the one it started from."""
+    driver = service.driver(job_id)
+    await driver.transition("running")
+    model = shutil.copytree(service.model, service.home.model(job_id))
+    results = {"fine_tuned_model_path": str(model), "result_files": [], "trained_tokens": 1}
+    await driver.transition("succeeded", results=results)
+    await driver.close()
+
+
+def test_a_judge_of_the_job_s_own_making_is_found_as_any_model_is(service: Any) -> None:
+    """`ft:…` in a grader leads where it leads as the job's model; the driver is told the directory."""
+    first = service.submit()
+    asyncio.run(_succeed(service, first))
+    [name] = [m.name for m in service.store.models.all() if m.name.startswith("ft:")]
+    judge = {"type": "score_model", "model": name, "input": [{"role": "user", "content": "x"}]}
+    method = {"type": "online", "online": {"preset": "grpo", "grader": judge}}
+    questions = service.upload(b'{"messages": [{"role": "user", "content": "?"}]}\n', "questions.jsonl")
+    job = service.submit(training_file=questions, method=method)
+    spec = JobSpec.read(service.home.config(job))
+    assert spec.judges == {name: service.home.model(first)}
+    assert JobSpec.from_json(spec.to_json()) == spec
+
+    method["online"]["grader"] = {**judge, "model": "ft:nobody"}
+    with pytest.raises(ModeseekError) as refused:
+        service.submit(training_file=questions, method=method)
+    assert refused.value.param == "method.online.grader.model"
