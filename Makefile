@@ -7,6 +7,7 @@ SHELL := /bin/bash
 export MODESEEK_HOME ?= $(HOME)/.modeseek
 PYTHON_VENV := .venv/bin/python
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: help setup setup-dev demo test test-page check format serve playground bench clean clean-all
 
@@ -19,6 +20,7 @@ help:  ## Explain the targets (this text)
 	@echo "  MODESEEK_HOME   models, jobs and the database ($(MODESEEK_HOME))"
 	@echo "  PYTHON          the Python 3.11 that .venv is made of"
 	@echo "  PYTEST_ARGS     more for pytest:  make test PYTEST_ARGS='-k weights -x'"
+	@echo "  BENCH_ARGS      more for bench:   make bench BENCH_ARGS='--only sync rollout'"
 
 setup:  ## Build .venv from the pinned list (about 3 minutes and 4 GB, once)
 	@deploy/setup.sh cpu
@@ -53,9 +55,8 @@ playground: setup  ## Make the small MoE and dense models and their data (5 minu
 	@$(PYTHON_VENV) -m modeseek_ray.playground moe
 	@$(PYTHON_VENV) -m modeseek_ray.playground dense
 
-bench: setup-dev  ## A training step beside TRL, and what weighing costs
-	@$(PYTHON_VENV) -m tests.bench.train_step
-	@$(PYTHON_VENV) -m tests.bench.weighing
+bench: setup-dev playground  ## Every speed benchmark beside its peer, one table (20 minutes; goes on where it was)
+	@$(PYTHON_VENV) -m tests.bench $(BENCH_ARGS)
 
 clean:  ## Remove caches and build outputs (keeps .venv and MODESEEK_HOME)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
