@@ -208,7 +208,7 @@ def codes_in(value: ast.expr) -> set[str]:
 
 
 def error_codes() -> set[str]:
-    """Every `code = ...` of an error class and every `code=...` handed to a call."""
+    """Every `code = ...` of an error class, every `code=...` handed to a call, every `{"code": ...}`."""
     codes: set[str] = set()
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -217,6 +217,10 @@ def error_codes() -> set[str]:
                 values = [s.value for s in assigned if ast.unparse(s.targets[0]) == "code"]
             elif isinstance(node, ast.Call):
                 values = [k.value for k in node.keywords if k.arg == "code"]
+            elif isinstance(node, ast.Dict):
+                values = [
+                    v for k, v in zip(node.keys, node.values, strict=True) if k and ast.unparse(k) == "'code'"
+                ]
             else:
                 continue
             codes = codes.union(*map(codes_in, values))

@@ -130,6 +130,21 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes | int]:
         yield skipped or buffer
 
 
+def unpacked_bytes(path: Path) -> int:
+    """What a Parquet file says it holds, unpacked; 0 for one that says nothing. A small file may hold a lot."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != _PARQUET_MAGIC:
+                return 0
+            footer = pq.ParquetFile(file).metadata
+            return sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+    except (pa.ArrowException, OSError, ValueError, OverflowError):
+        return 0
+
+
 def _read_parquet(file: BinaryIO) -> Iterator[tuple[int, Record | DataError]]:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modeseek_ray.errors import ModelError
-from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.paths import Home, allowed_path
 
 Lookup = Callable[[str], Path | None]
 
@@ -68,7 +68,7 @@ class ModelInfo:
         try:
             return cls(
                 path=path,
-                architecture=(config.get("architectures") or ["unknown"])[0],
+                architecture=str((config.get("architectures") or ["unknown"])[0]),
                 num_parameters=num_parameters,
                 dtype_bytes=dtype_bytes,
                 vocab_size=int(text_config["vocab_size"]),
@@ -78,7 +78,7 @@ class ModelInfo:
                 num_experts=next((int(text_config[k]) for k in _EXPERT_KEYS if text_config.get(k)), 0),
                 has_chat_template=_has_chat_template(path),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(
                 f"says nothing usable about {error}.",
                 file=str(path / "config.json"),
@@ -104,7 +104,7 @@ def resolve_model(name: str, home: Home, roots: Sequence[Path] = (), lookup: Loo
             )
         path = found
     else:
-        path = _under_roots(name, roots)
+        path = _under_roots(name, roots, home)
     ModelInfo.read(path)
     return path
 
@@ -123,18 +123,18 @@ def _playground(name: str, home: Home) -> Path:
     return path
 
 
-def _under_roots(name: str, roots: Sequence[Path]) -> Path:
-    """Symbolic links are followed before the comparison, so that none leads out."""
+def _under_roots(name: str, roots: Sequence[Path], home: Home) -> Path:
+    """Symbolic links are followed before the comparison, those of the directory's files too: none leads out."""
     if "\0" in name or not Path(name).expanduser().is_absolute():
         raise ModelError(
             f"{name!r} is not a model that is known here.",
             mend="Give playground/moe, an ft: model, or the full path of a Hugging Face directory.",
             code="model_not_found",
         )
-    path = Path(name).expanduser().resolve()
-    allowed = [root.expanduser().resolve() for root in roots]
-    if not any(path.is_relative_to(root) for root in allowed):
-        listed = ", ".join(map(str, allowed)) or "none is set"
+    path = allowed_path(Path(name).expanduser(), roots, home)
+    files = path.iterdir() if path is not None and path.is_dir() else iter(())
+    if path is None or not all(allowed_path(file, roots, home) for file in files):
+        listed = ", ".join(str(root) for root in roots) or "none is set"
         raise ModelError(
             f"{name} is not under an allowed root ({listed}).",
             mend="Move it there, or start the service with --root DIRECTORY.",
@@ -154,7 +154,7 @@ def _config(path: Path) -> dict[str, Any]:
             mend="Give the directory that save_pretrained wrote.",
             code="model_not_found",
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot be read: {error}.", file=str(file), mend="Save the model again.") from None
     if not isinstance(config, dict):
         raise ModelError("is not a JSON object.", file=str(file), mend="Save the model again.")
@@ -177,10 +177,16 @@ def _count_parameters(path: Path) -> tuple[int, int]:
         for tensor in _header(shard).values():
             if isinstance(tensor, dict) and "shape" in tensor:
                 dtype = str(tensor.get("dtype"))
-                by_type[dtype] = by_type.get(dtype, 0) + math.prod(tensor["shape"])
+                by_type[dtype] = by_type.get(dtype, 0) + _num_values(tensor["shape"], shard)
     if not by_type:
         raise ModelError("there are no tensors in it.", file=str(shards[0]), mend="Save the model again.")
     return sum(by_type.values()), _DTYPE_BYTES.get(max(by_type, key=lambda t: by_type[t]), 4)
+
+
+def _num_values(shape: Any, shard: Path) -> int:
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        raise ModelError(f"a tensor has the shape {str(shape)[:64]}.", file=str(shard), mend="Save it again.")
+    return math.prod(shape)
 
 
 def _header(shard: Path) -> dict[str, Any]:
@@ -193,7 +199,7 @@ def _header(shard: Path) -> dict[str, Any]:
             header = json.loads(file.read(length))
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, RecursionError, struct.error) as error:
         raise ModelError(
             f"is not a whole safetensors file: {error}.", file=str(shard), mend="Copy or save it again."
         ) from None
@@ -205,6 +211,6 @@ def _has_chat_template(path: Path) -> bool:
         return True
     try:
         settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(settings, dict) and bool(settings.get("chat_template"))

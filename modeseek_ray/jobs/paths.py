@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,19 @@ class Home:
                 file=str(self.root),
                 mend="Point MODESEEK_HOME at a directory you may write to.",
             ) from None
+
+
+def allowed_path(path: Path, roots: Sequence[Path], home: Home) -> Path | None:
+    """Where an absolute `path` leads when every link is followed, if users may name that; else None.
+
+    A root does not open the installation's own directory, with all tenants' files and the store, unless
+    the root itself lies inside it: an operator may well allow `/data` and keep the home under it.
+    """
+    resolved, own = path.resolve(), home.root.resolve()
+    allowed = [root.expanduser().resolve() for root in roots]
+    if resolved.is_relative_to(own):
+        allowed = [root for root in allowed if root != own and root.is_relative_to(own)]
+    return resolved if any(resolved.is_relative_to(root) for root in allowed) else None
 
 
 def write_private(path: Path, text: str) -> None:

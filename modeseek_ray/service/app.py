@@ -91,6 +91,8 @@ def create_app(
         description="Fine-tuning that decides how much each sample counts. OpenAI's clients work here.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's own pages take scripts from another host; ours is in `page`
+        redoc_url=None,
     )
     app.state.service = service
     errors.install(app)

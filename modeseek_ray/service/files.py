@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from modeseek_ray.config import config_error
 from modeseek_ray.jobs.errors import NotFoundError, QuotaError
-from modeseek_ray.jobs.records import new_id
+from modeseek_ray.jobs.paths import allowed_path
+from modeseek_ray.jobs.records import FileRecord, new_id
 from modeseek_ray.service.body import read_json
 from modeseek_ray.service.context import Caller, CallerDep, Service, ServiceDep
 from modeseek_ray.service.errors import ERROR_RESPONSES, RequestError
@@ -89,6 +90,7 @@ def retrieve_file(file_id: str, service: ServiceDep, caller: CallerDep) -> FileO
 def file_content(file_id: str, service: ServiceDep, caller: CallerDep) -> FileResponse:
     """The file itself."""
     record = service.store.files.get(file_id, caller.tenant_id)
+    check_readable(service, record)
     if not Path(record.path).is_file():
         raise NotFoundError(
             f"the contents of {file_id} are gone.", code="file_not_found", mend="Upload the file again."
@@ -111,6 +113,21 @@ def delete_file(file_id: str, service: ServiceDep, caller: CallerDep) -> Deleted
     if record.owned:
         Path(record.path).unlink(missing_ok=True)
     return Deleted(id=file_id, object="file")
+
+
+def check_readable(service: Service, record: FileRecord, param: str | None = None) -> None:
+    """Raises `RequestError` where a registered path now leads elsewhere, or its root is not allowed any more.
+
+    Whoever can write below a root can put a link there after the registration.
+    """
+    path = Path(record.path)
+    if not record.owned and allowed_path(path, service.settings.roots, service.home) != path:
+        raise RequestError(
+            "the registered path does not lead to a file under an allowed root any more.",
+            param=param,
+            mend="Register the file again.",
+            code="path_not_allowed",
+        )
 
 
 async def _upload(request: Request, service: Service, caller: Caller) -> FileObject:
@@ -168,10 +185,9 @@ def _allowance(service: Service, caller: Caller) -> tuple[int, QuotaError | None
 
 def _register(service: Service, caller: Caller, registration: Registration) -> FileObject:
     """Links are followed before the comparison with the roots, so that none leads out."""
-    given = Path(registration.path)
-    path = given.resolve() if given.is_absolute() else given
-    roots = [root.resolve() for root in service.settings.roots]
-    if not any(path.is_relative_to(root) for root in roots):
+    given, roots = Path(registration.path), service.settings.roots
+    path = allowed_path(given, roots, service.home) if given.is_absolute() else None
+    if path is None:
         raise RequestError(
             "the path is not under an allowed root.",
             param="path",
@@ -179,7 +195,8 @@ def _register(service: Service, caller: Caller, registration: Registration) -> F
             code="path_not_allowed",
         )
     try:
-        with path.open("rb") as file:
+        # No link that was put there since, and no waiting for somebody to write into a pipe.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             sha256 = hashlib.file_digest(file, "sha256").hexdigest() if stat.S_ISREG(status.st_mode) else ""
     except OSError as error:

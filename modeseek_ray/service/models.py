@@ -53,7 +53,9 @@ def delete_model(name: str, service: ServiceDep, caller: CallerDep) -> Deleted:
     """Delete a model that a job made, and its files. Base models stay."""
     if name in _BASE_MODELS:
         raise RequestError("base models cannot be deleted.", param="model", mend="Only ft: models can.")
-    job = next((job for job in service.store.jobs.living() if name in _models_of(job)), None)
+    known = service.store.models.find(name, caller.tenant_id) is not None
+    # Of another tenant's model nothing is said, not even that it is in use.
+    job = next((job for job in service.store.jobs.living() if known and name in _models_of(job)), None)
     if job is not None:
         raise RequestError(
             f"job {job.id} still reads this model.",

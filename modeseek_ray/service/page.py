@@ -1,4 +1,6 @@
-"""The web page at `/`, and the plain files it is made of: no build step, nothing from elsewhere.
+"""The web page at `/`, the API's documentation at `/docs`, and the plain files of both.
+
+There is no build step, and nothing comes from elsewhere.
 
 What it shows comes from the same API as everybody else's, with the key of whoever looks.
 """
@@ -66,6 +68,12 @@ def assets() -> Mapping[str, Asset]:
 def page(request: Request) -> Response:
     """The page itself; it holds no data, so it needs no key."""
     return _answer(request, assets()["index.html"])
+
+
+@router.get("/docs")
+def documentation(request: Request) -> Response:
+    """Every operation of `/openapi.json`, shown by the same kind of plain files."""
+    return _answer(request, assets()["docs.html"])
 
 
 @router.get("/web/{path:path}")

@@ -12,6 +12,7 @@ from modeseek_ray.config import JobConfig, parse_config
 from modeseek_ray.data.loading import read_rows
 from modeseek_ray.data.problems import Problems, raise_first
 from modeseek_ray.data.prompts import read_prompts
+from modeseek_ray.data.reader import unpacked_bytes
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.jobs.errors import NotFoundError
 from modeseek_ray.jobs.integrations import check_integrations
@@ -24,6 +25,7 @@ from modeseek_ray.jobs.spec import FILE_ROLES, JobSpec
 from modeseek_ray.rewards.build import local_models
 from modeseek_ray.rewards.endpoints import read_endpoints
 from modeseek_ray.service.context import Caller, Service
+from modeseek_ray.service.files import check_readable
 
 _DATA_ROLES = {"training_file": "training", "replay_file": "replay", "validation_file": "validation"}
 
@@ -137,6 +139,7 @@ def _file(service: Service, caller: Caller, role: str, file_id: str) -> FileReco
             mend="Upload it to /v1/files and give the id it gets.",
             code="file_not_found",
         ) from None
+    check_readable(service, record, role)
     # The rollouts of a job may be weighed anew by another.
     is_rollouts = record.purpose == "fine-tune-results" and record.filename.endswith("rollouts.parquet")
     if record.purpose != "fine-tune" and not is_rollouts:
@@ -166,7 +169,7 @@ def _check_rows(service: Service, files: dict[str, FileRecord], *, asks: bool) -
     """
     found = []
     for role, record in files.items():
-        if record.bytes > service.settings.max_checked_bytes:
+        if max(record.bytes, unpacked_bytes(Path(record.path))) > service.settings.max_checked_bytes:
             continue
         problems = Problems(record.filename)
         rows: Iterable[Any]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 
 from modeseek_ray.client import AttemptClient, Client
 from modeseek_ray.jobs.launcher import Capacity, LaunchStatus, ValidationOutcome
@@ -23,6 +27,7 @@ from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.service import ServiceSettings, create_app
 from modeseek_ray.service.serve import listen, make_server
+from tests.conftest import find_free_port
 
 ROWS = b'{"prompt": "one plus one is", "completion": " two"}\n' * 3
 
@@ -72,9 +77,12 @@ class Running:
     validator: FakeValidator
     model: Path
     reconciler: Reconciler
+    app: FastAPI
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, trust_env=False, timeout=20, **options)
+        """Every refusal it sees must name a code that the README explains."""
+        hooks = {"response": [assert_explained]}
+        return httpx.Client(base_url=self.url, trust_env=False, timeout=20, event_hooks=hooks, **options)
 
     def openai(self, api_key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0)
@@ -104,6 +112,63 @@ class Running:
         return AttemptClient(
             self.url, job_id, secret["attempt"], token=secret["token"], fence=secret["fence"]
         )
+
+    def finish(self, job_id: str) -> None:
+        """Drive the job to its success: two steps, a checkpoint, a model, a result file."""
+        asyncio.run(drive_to_success(self, job_id))
+
+
+@cache
+def explained_codes() -> frozenset[str]:
+    """The codes in the README's table of errors."""
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    table = text[text.index("## Errors") :]
+    return frozenset(re.findall(r"^\| `([a-z0-9_]+)` \|", table, flags=re.MULTILINE))
+
+
+def assert_explained(response: Any) -> None:
+    """An answer that is not a success has OpenAI's body and a code that the README explains."""
+    if response.status_code >= 400:
+        if isinstance(response, httpx.Response):
+            response.read()
+        error = json.loads(response.content)["error"]
+        assert error["code"] in explained_codes(), error
+        assert error["message"] and error["type"], error
+
+
+async def drive_to_success(service: Running, job_id: str) -> None:
+    """What a driver says in two steps, and the files it leaves."""
+    driver = service.driver(job_id)
+    spec = await driver.spec()
+    assert Path(spec["files"]["training_file"]).read_bytes()
+    assert spec["model_path"] == str(service.model)
+    await driver.transition("running")
+    await driver.heartbeat(
+        {"step": 2, "total_steps": 2, "tokens_per_s": float("nan"), "unknown_to_service": 1}
+    )
+    events = [
+        {"seq": i + 1, "type": "metrics", "message": f"step {2 - i}", "data": {"loss": 2.0 - i}}
+        for i in range(2)
+    ]
+    assert await driver.events(events) == 2
+    checkpoint = service.home.checkpoints(job_id) / "step-2"
+    checkpoint.mkdir(parents=True)
+    await driver.checkpoint(2, str(checkpoint), {"loss": 1.0})
+    model = service.home.model(job_id)
+    for file in service.model.iterdir():
+        model.mkdir(exist_ok=True)
+        (model / file.name).write_bytes(file.read_bytes())
+    service.home.results(job_id).mkdir()
+    service.home.metrics_csv(job_id).write_text("step,loss\n1,2.0\n")
+    results = {
+        "fine_tuned_model_path": str(model),
+        "result_files": [str(service.home.metrics_csv(job_id))],
+        "trained_tokens": 123,
+        "hyperparameters": {"batch_size": 3, "epochs": 2},
+    }
+    await driver.transition("succeeded", results=results)
+    await driver.transition("succeeded", results=results)  # the answer was lost; said again
+    await driver.close()
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
@@ -149,7 +214,7 @@ def serving(
     )
     url = f"http://127.0.0.1:{port}"
     reconciler = Reconciler(store, home, launcher, validator, url=url, settings=quick)
-    options = ServiceSettings(roots=(directory / "models", directory / "data"), **settings)
+    options = ServiceSettings(**{"roots": (directory / "models", directory / "data"), **settings})
     app = create_app(home, store, reconciler=reconciler, validator=validator, settings=options)
     server = make_server(app, port=port)
     with listen("127.0.0.1", port) as listener:
@@ -157,7 +222,7 @@ def serving(
         thread.start()
         try:
             wait_for(lambda: server.started)
-            yield Running(url, home, store, launcher, validator, model, reconciler)
+            yield Running(url, home, store, launcher, validator, model, reconciler, app)
         finally:
             server.should_exit = True
             thread.join(timeout=20)
@@ -175,11 +240,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, free_port_of_module: int) 
 
 @pytest.fixture(scope="module")
 def free_port_of_module() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    return find_free_port()
 
 
 @pytest.fixture

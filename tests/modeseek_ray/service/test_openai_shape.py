@@ -82,7 +82,7 @@ def test_a_job_from_creation_to_model(service: Any, client: openai.OpenAI) -> No
     )
     assert (job.status, job.seed, job.hyperparameters.n_epochs) == ("validating_files", 7, 2)
     assert job.hyperparameters.batch_size == "auto"
-    asyncio.run(drive_to_success(service, job.id))
+    service.finish(job.id)
 
     done = client.fine_tuning.jobs.retrieve(job.id)
     assert done.status == "succeeded"
@@ -122,41 +122,6 @@ def test_a_job_from_creation_to_model(service: Any, client: openai.OpenAI) -> No
     assert not service.home.model(job.id).exists()
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve(done.fine_tuned_model)
-
-
-async def drive_to_success(service: Any, job_id: str) -> None:
-    """What a driver says in two steps, and the files it leaves."""
-    driver = service.driver(job_id)
-    spec = await driver.spec()
-    assert Path(spec["files"]["training_file"]).read_bytes()
-    assert spec["model_path"] == str(service.model)
-    await driver.transition("running")
-    await driver.heartbeat(
-        {"step": 2, "total_steps": 2, "tokens_per_s": float("nan"), "unknown_to_service": 1}
-    )
-    events = [
-        {"seq": i + 1, "type": "metrics", "message": f"step {2 - i}", "data": {"loss": 2.0 - i}}
-        for i in range(2)
-    ]
-    assert await driver.events(events) == 2
-    checkpoint = service.home.checkpoints(job_id) / "step-2"
-    checkpoint.mkdir(parents=True)
-    await driver.checkpoint(2, str(checkpoint), {"loss": 1.0})
-    model = service.home.model(job_id)
-    for file in service.model.iterdir():
-        model.mkdir(exist_ok=True)
-        (model / file.name).write_bytes(file.read_bytes())
-    service.home.results(job_id).mkdir()
-    service.home.metrics_csv(job_id).write_text("step,loss\n1,2.0\n")
-    results = {
-        "fine_tuned_model_path": str(model),
-        "result_files": [str(service.home.metrics_csv(job_id))],
-        "trained_tokens": 123,
-        "hyperparameters": {"batch_size": 3, "epochs": 2},
-    }
-    await driver.transition("succeeded", results=results)
-    await driver.transition("succeeded", results=results)  # the answer was lost; said again
-    await driver.close()
 
 
 def test_weighted_jobs_and_our_extra_fields(service: Any, client: openai.OpenAI) -> None:

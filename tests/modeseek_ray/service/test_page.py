@@ -42,6 +42,7 @@ def test_the_page_and_every_file_of_it_are_served(service: Any) -> None:
             again = http.get(f"/web/{name}", headers={"If-None-Match": answer.headers["etag"]})
             assert (again.status_code, again.content) == (304, b"")
         assert http.get("/").headers["content-type"] == "text/html; charset=utf-8"
+        assert http.get("/docs").content == on_disk["docs.html"].read_bytes()
         assert http.get("/web/js/main.js").headers["content-type"] == "text/javascript; charset=utf-8"
 
 
@@ -56,6 +57,7 @@ def test_nothing_else_is_served(service: Any) -> None:
 def test_the_policy_lets_nothing_in_from_elsewhere_and_nothing_inline(service: Any) -> None:
     with service.http() as http:
         policy = http.get("/").headers["content-security-policy"]
+        assert http.get("/docs").headers["content-security-policy"] == policy
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
     assert rules.pop("default-src") == "'none'"
     assert {value for name, value in rules.items() if name.endswith("-src")} == {"'self'"}
@@ -86,9 +88,10 @@ def test_a_script_can_be_parsed(path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_script_is_reached_from_the_page() -> None:
+def test_every_script_is_reached_from_a_page() -> None:
     reached: set[Path] = set()
-    todo = [WEB / "js" / "main.js"]
+    pages = "".join(path.read_text() for path in WEB.glob("*.html"))
+    todo = [WEB / name for name in re.findall(r'<script [^>]*src="/web/([^"]+)"', pages)]
     while todo:
         path = todo.pop()
         if path not in reached:
@@ -177,6 +180,43 @@ def test_the_front_is_that_of_the_reports() -> None:
         assert.deepEqual(paretoFront([{ x: 1, y: 1 }, { x: 1, y: 1 }]), [true, true]);
     """)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_documentation_shows_every_operation(service: Any, tmp_path: Path) -> None:
+    """The page's own script, run on the service's own document; of a browser there is only what it touches."""
+    with service.http() as http:
+        document = http.get("/openapi.json").json()
+    (tmp_path / "openapi.json").write_text(json.dumps(document))
+    done = run_node(f"""
+        import {{ readFileSync }} from "node:fs";
+        class Element {{
+          constructor(tag) {{ this.tagName = tag; this.children = []; this.attributes = {{}}; }}
+          setAttribute(name, value) {{ this.attributes[name] = value; }}
+          append(...more) {{ this.children.push(...more); }}
+          replaceChildren(...all) {{ this.children = all; }}
+          text() {{ return this.children.map((c) => c instanceof Element ? c.text() : c).join("\\n"); }}
+        }}
+        const main = new Element("main");
+        globalThis.document = {{
+          getElementById: (id) => id === "main" ? main : null,
+          createElement: (tag) => new Element(tag),
+        }};
+        globalThis.window = {{ addEventListener() {{}} }};
+        globalThis.location = {{ hash: "" }};
+        globalThis.fetch = async (url) => ({{
+          ok: url === "/openapi.json", json: async () => JSON.parse(readFileSync("{tmp_path}/openapi.json")),
+        }});
+        await import("./docs.js");
+        console.log(main.text());
+    """)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.splitlines()
+    for path, item in document["paths"].items():
+        for method in item:
+            assert f"{method.upper()} {path}" in shown
+    assert {"training_file", "idempotency-key", "Request body, multipart/form-data"} <= set(shown)
+    assert "string, at most 64, characters" not in shown
+    assert "undefined" not in done.stdout and "[object" not in done.stdout
 
 
 def test_the_form_has_a_control_for_every_field_of_a_job(service: Any) -> None:

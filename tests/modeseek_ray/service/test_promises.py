@@ -197,6 +197,7 @@ def test_pages_for_operators(service: Any) -> None:
         assert http.get("/healthz").json()["status"] == "ok"
         assert http.get("/readyz").json() == {"status": "ok", "runs_jobs": True}
         assert "openapi.json" in http.get("/docs").text
+        assert http.get("/redoc").status_code == 404
         figures = http.get("/metrics").text
         assert 'modeseek_jobs{state="succeeded"}' in figures
         assert 'modeseek_request_seconds_count{method="GET",route="/healthz",status="200"} 1.0' in figures
