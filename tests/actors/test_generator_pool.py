@@ -425,8 +425,8 @@ def test_sampling_that_would_deceive_is_refused(
 
 
 async def test_jobs_get_room_for_all_their_workers_or_wait_without_any(ray_cluster: Any) -> None:
-    """Two jobs of four workers each, and CPUs for five: neither holds a half the other waits for."""
-    share = ray_cluster.available_resources()["CPU"] // 5
+    """Two jobs of four workers each, and CPUs for fewer than eight: neither holds a half the other waits for."""
+    share = ray_cluster.available_resources()["CPU"] // 4
     engine_spec = GeneratorSpec(model_path="-", cpus_per_worker=share)
     jobs = [RayPlacement(Resources(trainers=2, cpus_per_worker=share)) for _ in range(2)]
     waiting = [

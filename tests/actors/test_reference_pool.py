@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,16 @@ def test_any_number_of_scorers_gives_the_same_bits(
     ray_cluster: Any, dataset: list[Sample], spec: ScoringSpec, here_N: FloatArray, num_scorers: int
 ) -> None:
     assert len(cut(dataset, spec.micro_batch_tokens)) >= 4
+    free = ray_cluster.available_resources()["CPU"]  # engines that all tests share hold theirs
     np.testing.assert_array_equal(run(dataset, spec, num_scorers=num_scorers), here_N)
+    wait_for_free_cpus(ray_cluster, free)  # trainers are placed next
+
+
+def wait_for_free_cpus(ray: Any, count: float, deadline_s: float = 60.0) -> None:
+    ends = time.monotonic() + deadline_s
+    while ray.available_resources().get("CPU", 0) < count:
+        assert time.monotonic() < ends, f"scorers still hold CPUs: {ray.available_resources()}"
+        time.sleep(0.2)
 
 
 class DiesOnce(BlockScorer):
