@@ -41,7 +41,7 @@ from modeseek_ray.objectives.parameters import Mis, Tis, factor_parameters
 from modeseek_ray.reports.results import JobRecord, write_job
 from modeseek_ray.rewards.endpoints import Endpoint
 from modeseek_ray.types import FloatArray, Mismatch, Objective, RatioClip, Sample
-from modeseek_ray.weights import needs
+from modeseek_ray.weights import first_order_ratio, needs
 
 SCORING_DEADLINE_S = 6 * 3600.0
 EXPORT_CHECK_SAMPLES = 16
@@ -394,6 +394,7 @@ def objective_of(config: JobConfig) -> Objective:
         clip=None if clip is None else RatioClip(**clip.model_dump()),
         mismatch=None if mismatch is None else _mismatch(mismatch),
         routing_replay=None if online is None else online.routing_replay,
+        delta_of=first_order_ratio(weighting),
     )
 
 

@@ -112,6 +112,7 @@ class Measured:
         self._log_policy_N = np.zeros(len(samples))
         self._sum_delta_N: FloatArray = np.full(len(samples), np.nan)
         self._mismatch = DeltaSums()
+        self._weighting = DeltaSums()
         self._live_mismatch: DeltaSums | None = None
         self._routes: RouteCounts | None = None
 
@@ -122,9 +123,11 @@ class Measured:
         log_prob_M = forward.scores.log_prob_M.detach()
         self._log_policy_N[forward.index_B] = forward.by_sample(log_prob_M)
         self._mismatch += self._against_sampler(forward)
-        if forward.batch.log_behavior_M is not None:
-            delta_M = (log_prob_M - forward.batch.log_behavior_M).double().expm1()
-            self._sum_delta_N[forward.index_B] = forward.by_sample(delta_M)
+        log_ratio_M = self._of_weighting(forward)
+        if log_ratio_M is not None:
+            self._sum_delta_N[forward.index_B] = forward.by_sample(log_ratio_M.double().expm1())
+            batch = forward.batch
+            self._weighting += delta_sums(log_ratio_M, batch.sample_M, len(batch.num_tokens_B))
         self._compare(forward)
 
     def add_live(self, forwards: Iterable[Forward]) -> None:
@@ -141,9 +144,18 @@ class Measured:
             log_policy_N=self._log_policy_N,
             sum_delta_N=self._sum_delta_N if known_N.any() else None,
             mismatch=self._mismatch,
+            weighting=self._weighting,
             live_mismatch=self._live_mismatch,
             routes=self._routes,
         )
+
+    def _of_weighting(self, forward: Forward) -> Tensor | None:
+        """log of the token ratio that the weighting reads to first order, NaN where its denominator is unknown."""
+        of, log_prob_M = self._objective.delta_of, forward.scores.log_prob_M.detach()
+        below_M = forward.batch.log_behavior_M if of == "policy_over_data" else forward.log_reference_M
+        if of is None or below_M is None:
+            return None
+        return below_M - log_prob_M if of == "initial_over_policy" else log_prob_M - below_M
 
     def _against_sampler(self, forward: Forward) -> DeltaSums:
         batch = forward.batch

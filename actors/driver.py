@@ -122,8 +122,8 @@ class Driver:
     async def _prepare(self) -> None:
         """Remember pi_0 while the weights still are pi_0, then load the newest checkpoint over them."""
         await self._journal.section("setup", deadline_s=1800)
-        if "retention" in self._probes:
-            await self._trainer.remember_start(self._probes["retention"])
+        for probes in self._probes.values():
+            await self._trainer.remember_start(probes)
         self.state.cursor = self._source.state()
         directory = self._checkpoints.latest()
         if directory is not None:
@@ -230,14 +230,12 @@ class Driver:
         return self.state.step % every == 0 or self.state.step >= self._plan.total_steps
 
     async def _evaluate(self) -> None:
-        if not self._probes:
-            return
         await self._journal.section("evaluate", deadline_s=1800)
         self._evaluations = {
-            name: await self._trainer.evaluate(groups, kl=name == "retention")
-            for name, groups in self._probes.items()
+            name: await self._trainer.evaluate(groups, kl=True) for name, groups in self._probes.items()
         }
-        await self._journal.evaluated(self.state.step, self._evaluations)
+        figures = {"parameter_distance": await self._trainer.distance_from_start()}
+        await self._journal.evaluated(self.state.step, self._evaluations, figures)
 
     async def _save(self) -> None:
         """Shards first, manifest last, rename, and only then the commit in the store."""

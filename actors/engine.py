@@ -97,6 +97,15 @@ def deepspeed_config(
     return config
 
 
+def norm_after_clipping(norm: float, limit: float) -> float:
+    """The gradient norm that the optimizer gets: DeepSpeed multiplies by min(1, limit / (norm + 1e-6)).
+
+    >>> norm_after_clipping(0.5, 1.0), round(norm_after_clipping(3.0, 1.0), 4)
+    (0.5, 1.0)
+    """
+    return norm * min(1.0, limit / (norm + 1e-6))
+
+
 class ZeroEngine:
     """A module under DeepSpeed ZeRO 0-3: forward, exact backward, one optimizer step, gather, save."""
 

@@ -102,32 +102,45 @@ class ForwardPasses:
         cuts: Sequence[IntArray] | None = None,
         *,
         keep_hidden: bool = False,
+        entropy: bool = False,
         reference_of: Callable[[Sequence[Sample]], Reference] | None = None,
         routing: Routing = LIVE_ROUTING,
+        log_reference: bool = False,
     ) -> Iterator[Forward]:
-        """Without gradient and without dropout. `reference_of` gives what a KL is measured against."""
+        """Without gradient and without dropout. `reference_of` gives what a KL is measured against;
+        `log_reference` asks for pi_0's log-probabilities."""
         for index_B in self.cut(samples) if cuts is None else cuts:
             batch = self._collate(samples, index_B)
             has_reference = reference_of is not None and len(index_B) > 0
             reference = (
                 reference_of([samples[i] for i in index_B]) if has_reference and reference_of else None
             )
+            log_reference_M = self._start_scores(batch).log_prob_M if log_reference else None
             self._module.eval()
             with torch.no_grad(), self._routed(index_B, batch, routing) as recording:
-                scores = self._module(*_inputs(batch), keep_hidden=keep_hidden, reference=reference)
-            yield _with_routes(Forward(index_B, batch, scores), recording)
+                scores = self._module(
+                    *_inputs(batch), entropy=entropy, keep_hidden=keep_hidden, reference=reference
+                )
+            yield _with_routes(Forward(index_B, batch, scores, log_reference_M), recording)
 
     def train(
-        self, samples: Sequence[Sample], cuts: Sequence[IntArray], routing: Routing = LIVE_ROUTING
+        self,
+        samples: Sequence[Sample],
+        cuts: Sequence[IntArray],
+        routing: Routing = LIVE_ROUTING,
+        *,
+        log_reference: bool = False,
     ) -> Iterator[Forward]:
-        """With gradient, in training mode, one at a time."""
+        """With gradient, in training mode, one at a time. `log_reference` asks for pi_0's log-probabilities."""
         statistics = self._objective.token_factor == "eaft"
         for index_B in cuts:
             batch = self._collate(samples, index_B)
-            reference, log_reference_M = self._reference(batch)
+            reference, log_reference_M = self._reference(batch, log_reference)
             self._module.train()
             with self._routed(index_B, batch, routing) as recording:
-                scores = self._engine.forward(*_inputs(batch), statistics=statistics, reference=reference)
+                scores = self._engine.forward(
+                    *_inputs(batch), entropy=True, statistics=statistics, reference=reference
+                )
             yield _with_routes(Forward(index_B, batch, scores, log_reference_M), recording)
 
     @contextmanager
@@ -146,20 +159,26 @@ class ForwardPasses:
         else:
             yield None
 
-    @torch.no_grad()
-    def _reference(self, batch: Batch) -> tuple[Reference | None, Tensor | None]:
-        """pi_0 on this micro-batch, where the objective asks for it: hidden states for a KL, log p for a factor."""
+    def _reference(self, batch: Batch, log_reference: bool) -> tuple[Reference | None, Tensor | None]:
+        """pi_0 on this micro-batch, where it is asked for: hidden states for a KL, log p for a factor or ratio."""
         direction = self._objective.kl_direction
-        if not needs_reference(self._objective):
+        if direction is None and not log_reference and self._objective.token_factor != "ratio_token":
             return None, None
+        scores = self._start_scores(batch)
+        if direction is None or scores.hidden_M is None:
+            return None, scores.log_prob_M
+        return Reference(scores.hidden_M, direction, self._frozen_head), scores.log_prob_M
+
+    @torch.no_grad()
+    def _start_scores(self, batch: Batch) -> TokenScores:
+        """Of the frozen copy, or of the model with its adapters off."""
         if self._frozen is not None:
-            scores, head = self._frozen(*_inputs(batch), keep_hidden=True), self._frozen_head
-        else:
-            self._module.eval()
-            with adapters_off(self._module.model):
-                scores, head = self._module(*_inputs(batch), keep_hidden=True), None
-        reference = None if direction is None else Reference(scores.hidden_M, direction, head)
-        return reference, scores.log_prob_M
+            frozen: TokenScores = self._frozen(*_inputs(batch), keep_hidden=True)
+            return frozen
+        self._module.eval()
+        with adapters_off(self._module.model):
+            scores: TokenScores = self._module(*_inputs(batch), keep_hidden=True)
+        return scores
 
     def _collate(self, samples: Sequence[Sample], index_B: IntArray) -> Batch:
         batch = collate(samples, index_B, pad_id=0) if len(index_B) else collate([_DUMMY], [0], pad_id=0)
@@ -167,8 +186,9 @@ class ForwardPasses:
 
 
 def needs_reference(objective: Objective) -> bool:
-    """Whether pi_0 has to be there in every training step."""
-    return objective.kl_direction is not None or objective.token_factor == "ratio_token"
+    """Whether pi_0 has to be there beside the policy."""
+    by_step = objective.kl_direction is not None or objective.token_factor == "ratio_token"
+    return by_step or objective.delta_over_start
 
 
 def log_probs(num_samples: int, forwards: Iterator[Forward] | list[Forward]) -> FloatArray:

@@ -66,6 +66,8 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
         return float(np.average(values, weights=np.maximum(tokens, 1)))
 
     kls = [r.kl_nats for r in reports if r.kl_nats is not None]
+    entropies = [r.entropy for r in reports if r.entropy is not None]
+    clipped = [r.grad_norm_clipped for r in reports if r.grad_norm_clipped is not None]
     names = {name for r in reports for name in r.figures}
     parts = {name for r in reports for name in r.seconds}
     figures = {}
@@ -82,7 +84,9 @@ def merge_reports(reports: Sequence[StepReport]) -> StepReport:
         num_tokens=int(tokens.sum()),
         num_padded=sum(r.num_padded for r in reports),
         num_positions=sum(r.num_positions for r in reports),
+        grad_norm_clipped=max(clipped) if clipped else None,
         kl_nats=mean(kls) if len(kls) == len(reports) else None,
+        entropy=mean(entropies) if len(entropies) == len(reports) else None,
         seconds={part: sum(r.seconds.get(part, 0.0) for r in reports) for part in sorted(parts)},
         figures=figures,
     )

@@ -99,12 +99,15 @@ class ResultJournal:
         if self._steps_here == 0:
             await self._sink.running()
 
-    async def evaluated(self, step: int, reports: Mapping[str, EvalReport]) -> None:
-        figures = flatten(None, None, reports)
-        figures |= self._retention.add(figures)
-        self._metrics.evaluated(step, figures)
-        await self._track(step, figures)
-        self._emit("metrics", f"Evaluated at step {step}.", {"step": step, **figures})
+    async def evaluated(
+        self, step: int, reports: Mapping[str, EvalReport], figures: Mapping[str, float] | None = None
+    ) -> None:
+        found = flatten(None, None, reports)
+        found |= self._retention.add(found)
+        found |= figures or {}
+        self._metrics.evaluated(step, found)
+        await self._track(step, found)
+        self._emit("metrics", f"Evaluated at step {step}.", {"step": step, **found})
 
     async def checkpoint(self, step: int, directory: Path, metrics: Mapping[str, float]) -> None:
         self._weights.flush()

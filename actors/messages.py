@@ -50,9 +50,11 @@ class RankBeginning:
     """One rank's answer to `begin`: columns in the order of its picks, and sums over their tokens."""
 
     log_policy_N: FloatArray
-    sum_delta_N: FloatArray | None = None  # NaN for samples that do not carry the sampler's log-probabilities
+    # Of the ratio the objective's `delta_of` names; NaN where its denominator, the sampler, is not known.
+    sum_delta_N: FloatArray | None = None
     mismatch: DeltaSums = field(default_factory=DeltaSums)  # pi_old(trainer) / pi_sampler
-    live_mismatch: DeltaSums | None = None  # the same without replay, where it was asked for
+    weighting: DeltaSums = field(default_factory=DeltaSums)  # the token ratios behind `sum_delta_N`
+    live_mismatch: DeltaSums | None = None  # mismatch without replay, where it was asked for
     routes: RouteCounts | None = None
 
     @classmethod
@@ -62,6 +64,7 @@ class RankBeginning:
         routes = [p.routes for p in parts if p.routes is not None]
         return {
             **sum((p.mismatch for p in parts), DeltaSums()).figures("mismatch"),
+            **sum((p.weighting for p in parts), DeltaSums()).figures("weighting"),
             **sum(live, DeltaSums()).figures("mismatch_live"),
             **sum(routes, RouteCounts()).figures(),
         }
@@ -78,7 +81,9 @@ class RankReport:
     num_positions: int
     num_padded: int
     grad_norm: float  # global: equal on all ranks
+    grad_norm_clipped: float | None = None  # global, as the optimizer got it
     kl_sum: float | None = None
+    entropy_sum: float | None = None  # of the policy over trained positions, nats
     seconds: Mapping[str, float] = field(default_factory=dict)
     ratio: DeltaSums = field(default_factory=DeltaSums)  # pi_theta / pi_old, where the batch was begun
 
@@ -93,7 +98,9 @@ class RankEvaluation:
     all_correct_N: BoolArray  # every trained token is the argmax: greedy decoding writes this answer
     problem_N: IntArray
     tasks: tuple[str, ...]
+    entropy_N: FloatArray | None = None  # of the policy, summed over trained positions, nats
     kl_N: FloatArray | None = None  # forward KL(pi_0 || pi) summed over trained positions, nats
+    kl_reverse_N: FloatArray | None = None  # KL(pi || pi_0), likewise
 
     @classmethod
     def merge(cls, parts: Sequence[RankEvaluation], order_N: IntArray) -> RankEvaluation:
@@ -103,6 +110,9 @@ class RankEvaluation:
         def rows(name: str) -> np.ndarray:
             return np.concatenate([getattr(p, name) for p in parts])[back_N]
 
+        def known(name: str) -> np.ndarray | None:
+            return None if any(getattr(p, name) is None for p in parts) else rows(name)
+
         tasks = [t for p in parts for t in p.tasks]
         return cls(
             nll_N=rows("nll_N"),
@@ -111,5 +121,7 @@ class RankEvaluation:
             all_correct_N=rows("all_correct_N"),
             problem_N=rows("problem_N"),
             tasks=tuple(tasks[j] for j in back_N),
-            kl_N=None if any(p.kl_N is None for p in parts) else rows("kl_N"),
+            entropy_N=known("entropy_N"),
+            kl_N=known("kl_N"),
+            kl_reverse_N=known("kl_reverse_N"),
         )

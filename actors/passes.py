@@ -46,20 +46,23 @@ class StepPasses:
         """Free the graphs that are kept: nobody will step on them."""
         self._kept = None
 
-    def scoring(self, samples: Sequence[Sample], *, record: bool = False) -> Iterator[Forward]:
+    def scoring(
+        self, samples: Sequence[Sample], *, record: bool = False, log_reference: bool = False
+    ) -> Iterator[Forward]:
         """Micro-batch by micro-batch, under the sampler's routes (R3) or under live ones, recorded if asked.
 
-        With gradient, and kept for `of_step`, where that is exact. Run through all of it.
+        With gradient, and kept for `of_step`, where that is exact. Run through all of it. `log_reference` asks
+        for pi_0's log-probabilities.
         """
         self._kept = None
         routing = Routing(record=True) if record else self._sampler_routing(samples)
         cuts = self._passes.cut(samples)
         live_in_r2 = self._replay == "R2" and not record  # its steps ask what `begin` recorded, not this
         if live_in_r2 or not self._keeps_graph(len(cuts)):
-            yield from self._passes.infer(samples, cuts, routing=routing)
+            yield from self._passes.infer(samples, cuts, routing=routing, log_reference=log_reference)
             return
         kept = _Kept([fingerprint(s) for s in samples], [])
-        for forward in self._passes.train(samples, cuts, routing):
+        for forward in self._passes.train(samples, cuts, routing, log_reference=log_reference):
             kept.forwards.append(forward)
             yield forward
         self._kept = kept

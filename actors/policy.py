@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from actors import modeling
 from actors.allocator import return_freed_memory
 from actors.begun import Begun, Measured, compared_with_writers, require
-from actors.engine import ZeroEngine, deepspeed_config, join
+from actors.distance import StartWeights
+from actors.engine import ZeroEngine, deepspeed_config, join, norm_after_clipping
 from actors.export import write_export
 from actors.forward import ForwardPasses, Routing, log_probs, needs_reference
 from actors.lora import adapters_off
@@ -76,6 +77,7 @@ class Policy:
             frozen.to(self.engine.device)
         self._passes = ForwardPasses(self.engine, self._module, spec.objective, spec.resources, frozen)
         self._start = Start()
+        self._start_weights = StartWeights(self.engine, self._module.model, rank, world_size)
         self._step_passes = StepPasses(
             self._passes,
             self.engine,
@@ -144,7 +146,8 @@ class Policy:
             if replay == "R3" and self._spec.compare_routes:  # first: no pass may come after kept graphs
                 measured.add_live(self._passes.infer(samples, routing=Routing(record=True)))
             record = replay == "R2" or (replay is None and carried)
-            for forward in self._step_passes.scoring(samples, record=record):
+            over_start = self._spec.objective.delta_over_start
+            for forward in self._step_passes.scoring(samples, record=record, log_reference=over_start):
                 self._begun.keep(samples, forward)
                 measured.add(forward)
         return measured.result()
@@ -190,22 +193,28 @@ class Policy:
             grad_norm = self.engine.step(plan.learning_rate)
         if not math.isfinite(grad_norm):
             self._refuse_nonfinite(range(len(samples)), samples, plan.step, "gradient")
-        return tally.report(grad_norm, seconds)
+        clipped = norm_after_clipping(grad_norm, self._spec.training.max_grad_norm)
+        return tally.report(grad_norm, clipped, seconds)
 
     def evaluate(self, samples: Sequence[Sample], *, kl: bool) -> RankEvaluation:
-        """Sums per sample, without dropout. `kl`: exact forward KL(pi_0 || pi) of remembered samples."""
+        """Sums per sample, without dropout. `kl`: exact KL(pi_0 || pi) and KL(pi || pi_0) of remembered samples."""
         self._step_passes.let_go()
-        nll_N, num_correct_N, kl_N = (np.zeros(len(samples)) for _ in range(3))
+        nll_N, num_correct_N, entropy_N, kl_N, kl_reverse_N = (np.zeros(len(samples)) for _ in range(5))
 
         def start(chosen: Sequence[Sample]) -> Any:
             return self._start.reference(chosen, self.engine.device)
 
-        for forward in self._passes.infer(samples, reference_of=start if kl else None):
+        for forward in self._passes.infer(samples, entropy=True, reference_of=start if kl else None):
             scores = forward.scores
             nll_N[forward.index_B] = -forward.by_sample(scores.log_prob_M)
             num_correct_N[forward.index_B] = forward.by_sample(scores.correct_M)
-            if scores.kl_M is not None:
-                kl_N[forward.index_B] = forward.by_sample(scores.kl_M)
+            for column_N, column_M in (
+                (entropy_N, scores.entropy_M),
+                (kl_N, scores.kl_M),
+                (kl_reverse_N, scores.kl_reverse_M),
+            ):
+                if column_M is not None:
+                    column_N[forward.index_B] = forward.by_sample(column_M)
         num_tokens_N = np.array([s.num_tokens for s in samples], dtype=np.int64)
         correct_N = num_correct_N.astype(np.int64)
         return RankEvaluation(
@@ -215,8 +224,14 @@ class Policy:
             all_correct_N=(correct_N == num_tokens_N) & (num_tokens_N > 0),
             problem_N=np.array([s.problem for s in samples], dtype=np.int64),
             tasks=tuple(s.task for s in samples),
+            entropy_N=entropy_N,
             kl_N=kl_N if kl else None,
+            kl_reverse_N=kl_reverse_N if kl else None,
         )
+
+    def distance_from_start(self) -> float:
+        """Norm of theta - theta_0 over all trained parameters; of the merged weights with LoRA."""
+        return self._start_weights.distance()
 
     def save(self, directory: Path) -> None:
         self.engine.save(directory)

@@ -151,8 +151,8 @@ class TrainerPool:
         facts: Mapping[str, Any] = (await self._all("setup"))[0]
         return facts
 
-    async def remember_start(self, retention: Sequence[Group]) -> None:
-        shards, blocks = self._split(retention)
+    async def remember_start(self, probes: Sequence[Group]) -> None:
+        shards, blocks = self._split(probes)
         await self._each("remember_start", [(s.picks, *blocks) for s in shards])
 
     async def score(self, groups: Sequence[Group]) -> list[Group]:
@@ -198,6 +198,9 @@ class TrainerPool:
         shards, blocks = self._split(groups)
         parts = await self._each("evaluate", [(s.picks, kl, *blocks) for s in shards])
         return summarise(RankEvaluation.merge(parts, np.concatenate([s.order_N for s in shards])))
+
+    async def distance_from_start(self) -> float:
+        return float((await self._all("distance_from_start"))[0])
 
     async def save(self, directory: Path) -> None:
         await self._all("save", str(directory))
@@ -277,6 +280,7 @@ def _sum_reports(plan: StepPlan, reports: Sequence[RankReport], begun: Mapping[s
     """Global figures from the ranks' sums; the slowest rank's seconds. `begun`: figures of the whole batch."""
     num_tokens = sum(r.num_tokens for r in reports)
     kl_sums = [r.kl_sum for r in reports if r.kl_sum is not None]
+    entropies = [r.entropy_sum for r in reports if r.entropy_sum is not None]
     parts = sorted({name for r in reports for name in r.seconds})
     return StepReport(
         step=plan.step,
@@ -288,7 +292,9 @@ def _sum_reports(plan: StepPlan, reports: Sequence[RankReport], begun: Mapping[s
         num_tokens=num_tokens,
         num_padded=sum(r.num_padded for r in reports),
         num_positions=sum(r.num_positions for r in reports),
+        grad_norm_clipped=reports[0].grad_norm_clipped,
         kl_nats=sum(kl_sums) / max(num_tokens, 1) if kl_sums else None,
+        entropy=sum(entropies) / max(num_tokens, 1) if entropies else None,
         seconds={name: max(r.seconds.get(name, 0.0) for r in reports) for name in parts},
         figures={**begun, **sum((r.ratio for r in reports), DeltaSums()).figures("ratio")},
     )
@@ -308,19 +314,29 @@ def summarise(rows: RankEvaluation, *, by_task: bool = True) -> EvalReport:
     np.logical_or.at(right_P, problem_index_N, rows.all_correct_N)
     graded_P = ids_P >= 0
     num_tokens = int(rows.num_tokens_N[first_P].sum())
+
+    def per_token(sum_N: FloatArray | None) -> float | None:
+        return None if sum_N is None else float(sum_N[first_P].sum()) / max(num_tokens, 1)
+
     names = sorted({t for t in rows.tasks if t}) if by_task else []
     return EvalReport(
         nll=float(rows.nll_N[first_P].sum()) / max(num_tokens, 1),
         token_accuracy=int(rows.num_correct_N[first_P].sum()) / max(num_tokens, 1),
         num_tokens=num_tokens,
         accuracy=float(right_P[graded_P].mean()) if graded_P.any() else None,
-        kl_nats=None if rows.kl_N is None else float(rows.kl_N[first_P].sum()) / max(num_tokens, 1),
+        entropy=per_token(rows.entropy_N),
+        kl_nats=per_token(rows.kl_N),
+        kl_reverse_nats=per_token(rows.kl_reverse_N),
         by_task={name: summarise(_rows_of(rows, name), by_task=False) for name in names},
     )
 
 
 def _rows_of(rows: RankEvaluation, task: str) -> RankEvaluation:
     keep_N = np.array([t == task for t in rows.tasks])
+
+    def kept(column_N: FloatArray | None) -> FloatArray | None:
+        return None if column_N is None else column_N[keep_N]
+
     return RankEvaluation(
         nll_N=rows.nll_N[keep_N],
         num_correct_N=rows.num_correct_N[keep_N],
@@ -328,5 +344,7 @@ def _rows_of(rows: RankEvaluation, task: str) -> RankEvaluation:
         all_correct_N=rows.all_correct_N[keep_N],
         problem_N=rows.problem_N[keep_N],
         tasks=tuple(t for t in rows.tasks if t == task),
-        kl_N=None if rows.kl_N is None else rows.kl_N[keep_N],
+        entropy_N=kept(rows.entropy_N),
+        kl_N=kept(rows.kl_N),
+        kl_reverse_N=kept(rows.kl_reverse_N),
     )

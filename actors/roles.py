@@ -57,8 +57,8 @@ class Scorer(Protocol):
 class Trainer(Protocol):
     """The policy, sharded over ranks."""
 
-    async def remember_start(self, retention: Sequence[Group]) -> None:
-        """Keep what exact KL to pi_0 needs on these rows. Await before `load` and before the first step."""
+    async def remember_start(self, probes: Sequence[Group]) -> None:
+        """Keep what exact KL to pi_0 needs on these rows too. Await before `load` and before the first step."""
         ...
 
     async def score(self, groups: Sequence[Group]) -> list[Group]:
@@ -70,8 +70,8 @@ class Trainer(Protocol):
 
         Per-token log-probabilities (and R2's routes) stay on the rank that computed them, so `step`
         may be handed any part of these samples. `parts` are the ones it will be handed, as positions in
-        the batch: each is then shared out evenly among the ranks. Fills `log_policy_N`, and `sum_delta_N`
-        where the samples carry the sampler's log-probabilities.
+        the batch: each is then shared out evenly among the ranks. Fills `log_policy_N`, and `sum_delta_N` of
+        the ratio that the objective's `delta_of` names, where its denominator is known.
         """
         ...
 
@@ -80,7 +80,11 @@ class Trainer(Protocol):
         ...
 
     async def evaluate(self, groups: Sequence[Group], *, kl: bool = False) -> EvalReport:
-        """Loss and greedy accuracy of the current policy; `kl` needs `remember_start` of the same groups."""
+        """Loss, greedy accuracy and entropy of the current policy; `kl` needs `remember_start` of the same groups."""
+        ...
+
+    async def distance_from_start(self) -> float:
+        """Norm of theta - theta_0 over all trained parameters (with LoRA, of the merged weights)."""
         ...
 
     async def save(self, directory: Path) -> None:
@@ -143,7 +147,11 @@ class Journal(Protocol):
         """A batch had no sample to train on; the weights stayed as they were."""
         ...
 
-    async def evaluated(self, step: int, reports: Mapping[str, EvalReport]) -> None: ...
+    async def evaluated(
+        self, step: int, reports: Mapping[str, EvalReport], figures: Mapping[str, float] | None = None
+    ) -> None:
+        """`figures` are of the model as a whole, by flat names."""
+        ...
 
     async def checkpoint(self, step: int, directory: Path, metrics: Mapping[str, float]) -> None:
         """Commit a checkpoint that is complete on disk."""

@@ -36,11 +36,11 @@ class Start:
                 self._hidden[fingerprint(samples[i])] = hidden_MD[of_sample_M].to("cpu", copy=True)
 
     def reference(self, samples: Sequence[Sample], device: torch.device) -> Reference:
-        """What forward KL of these samples, in this order, is measured against."""
+        """What KL of these samples, in this order, is measured against, in both directions."""
         if self._head is None:
             raise ConfigError("KL to the start was asked for, but the start was not remembered.")
         hidden_MD = torch.cat([self._of(sample) for sample in samples])
-        return Reference(hidden_MD.to(device), "forward", _on(self._head, device))
+        return Reference(hidden_MD.to(device), "both", _on(self._head, device))
 
     def _of(self, sample: Sample) -> Tensor:
         hidden_MD = self._hidden.get(fingerprint(sample))

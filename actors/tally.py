@@ -32,7 +32,7 @@ class Tally:
     """Adds up a rank's report over its micro-batches; dummies count for nothing."""
 
     def __init__(self) -> None:
-        self._loss = self._nll_sum = self._kl_sum = 0.0
+        self._loss = self._nll_sum = self._kl_sum = self._entropy_sum = 0.0
         self._num_correct = self._num_tokens = self._num_positions = self._num_padded = 0
         self._has_kl = False
         self._ratio = DeltaSums()
@@ -54,8 +54,10 @@ class Tally:
         self._num_padded += forward.batch.num_padded
         if scores.kl_M is not None:
             self._kl_sum += float(scores.kl_M.detach().double().sum())
+        if scores.entropy_M is not None:
+            self._entropy_sum += float(scores.entropy_M.double().sum())
 
-    def report(self, grad_norm: float, seconds: Seconds) -> RankReport:
+    def report(self, grad_norm: float, grad_norm_clipped: float, seconds: Seconds) -> RankReport:
         return RankReport(
             loss=self._loss,
             nll_sum=self._nll_sum,
@@ -64,7 +66,9 @@ class Tally:
             num_positions=self._num_positions,
             num_padded=self._num_padded,
             grad_norm=grad_norm,
+            grad_norm_clipped=grad_norm_clipped,
             kl_sum=self._kl_sum if self._has_kl else None,
+            entropy_sum=self._entropy_sum,
             seconds=seconds.parts,
             ratio=self._ratio,
         )

@@ -99,8 +99,12 @@ class TrainerRank:
         return self._ready().step(_samples(picks, blocks), plan)
 
     def evaluate(self, picks: Picks, kl: bool, *blocks: Sequence[Sample]) -> RankEvaluation:
-        """Loss and greedy accuracy of these samples; with `kl` their KL to the remembered start."""
+        """Loss, greedy accuracy and entropy on these samples; with `kl` both KLs to the remembered start."""
         return self._ready().evaluate(_samples(picks, blocks), kl=kl)
+
+    def distance_from_start(self) -> float:
+        """Norm of theta - theta_0 over all trained parameters; with LoRA of the merged weights."""
+        return self._ready().distance_from_start()
 
     def save(self, directory: str) -> None:
         """Write this rank's shard of the training state. Await before the next `step`."""

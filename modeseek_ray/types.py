@@ -172,7 +172,9 @@ class Evidence:
     group_N: IntArray | None = None  # equal numbers = same prompt
     prior_N: FloatArray | None = None  # a_i, default 1
     row_N: IntArray | None = None  # stable row ids, for moving averages and the ledger
-    sum_delta_N: FloatArray | None = None  # sum over tokens of (ratio_t - 1)
+    sum_delta_N: FloatArray | None = (
+        None  # sum over tokens of (ratio_t - 1), the ratio being the weighting's `of`
+    )
     distance_N: FloatArray | None = None  # per-sample distance from the start, for `per_sample` gamma
     log_round_N: FloatArray | None = None  # log pi_k(y|x), the policy frozen when this round of fitting began
     is_replay_N: BoolArray | None = None
@@ -267,6 +269,8 @@ class Objective:
     # MoE: whose routes the policy's forward passes take. R3 = the sampler's (they come with the samples),
     # R2 = the trainer's own under the policy the batch began with, None = live.
     routing_replay: Literal["R2", "R3"] | None = None
+    # Whose token ratios `begin` sums up to Evidence.sum_delta_N: the weighting's own `of`; None = nobody asks.
+    delta_of: Literal["policy_over_initial", "initial_over_policy", "policy_over_data"] | None = None
 
     @property
     def looks_back(self) -> bool:
@@ -276,7 +280,13 @@ class Objective:
             or self.mismatch is not None
             or self.routing_replay == "R2"
             or self.token_factor == "psft"
+            or self.delta_of is not None
         )
+
+    @property
+    def delta_over_start(self) -> bool:
+        """Whether those token ratios are taken against pi_0."""
+        return self.delta_of in ("policy_over_initial", "initial_over_policy")
 
 
 @dataclass(frozen=True)
@@ -317,7 +327,9 @@ class StepReport:
     num_tokens: int  # trained tokens
     num_padded: int = 0  # positions that were padding, of all positions computed
     num_positions: int = 0
+    grad_norm_clipped: float | None = None  # global, as the optimizer got it
     kl_nats: float | None = None
+    entropy: float | None = None  # of the policy, mean over trained tokens, nats
     seconds: Mapping[str, float] = field(default_factory=dict)  # by part: score, forward, backward, optimizer
     figures: Mapping[str, float] = field(default_factory=dict)  # more of METHODS.md section 7, flat names
 
@@ -338,5 +350,7 @@ class EvalReport:
     token_accuracy: float
     num_tokens: int
     accuracy: float | None = None  # greedy exact match over problems; None where the file has none
+    entropy: float | None = None  # of the policy, mean over trained tokens, nats
     kl_nats: float | None = None  # forward KL(pi_0 || pi) per trained token, exact vocabulary sum
+    kl_reverse_nats: float | None = None  # KL(pi || pi_0), likewise
     by_task: Mapping[str, EvalReport] = field(default_factory=dict)

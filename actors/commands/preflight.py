@@ -111,6 +111,7 @@ def facts_of(config: JobConfig, data: DataReport, *, has_behavior: bool) -> Fact
             batch_size=config.rollout.samples_per_round,
             has_rewards=True,
             has_log_behavior=True,
+            has_token_logprobs=True,
             samples_per_prompt=config.rollout.samples_per_prompt,
             inner_steps=config.training.inner_steps,
         )
@@ -118,6 +119,7 @@ def facts_of(config: JobConfig, data: DataReport, *, has_behavior: bool) -> Fact
         batch_size=None if batch_size == "auto" else batch_size,
         has_rewards=training.has_rewards,
         has_log_behavior=training.has_logprobs or has_behavior,
+        has_token_logprobs=training.has_token_logprobs,
         samples_per_prompt=training.largest_group,
         smallest_reward=training.smallest_reward if training.has_rewards else None,
         inner_steps=config.training.inner_steps,

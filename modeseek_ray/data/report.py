@@ -26,6 +26,8 @@ class FileReport:
     rows: int = 0
     rows_with_reward: int = 0
     rows_with_logprobs: int = 0
+    rows_with_token_logprobs: int = 0
+    """Of these, as a list: one number per trained token."""
     graded_rows: int = 0
     pairs: int = 0
     """Preference rows: two samples each, one group."""
@@ -61,6 +63,7 @@ class FileReport:
         self.rows += 1
         self.graded_rows += row.is_graded
         self.rows_with_logprobs += row.logprobs is not None
+        self.rows_with_token_logprobs += row.logprobs is not None and not isinstance(row.logprobs, float)
         self.prior_sum += row.prior
         rewards = row.rewards or ([] if row.reward is None else [row.reward])
         self.pairs += row.rewards is not None
@@ -111,6 +114,11 @@ class FileReport:
     def has_logprobs(self) -> bool:
         """Every row has the sampler's log-probabilities."""
         return self.rows > 0 and self.rows_with_logprobs == self.rows
+
+    @property
+    def has_token_logprobs(self) -> bool:
+        """Every row has them token by token."""
+        return self.rows > 0 and self.rows_with_token_logprobs == self.rows
 
     @property
     def length_histogram(self) -> dict[int, int]:

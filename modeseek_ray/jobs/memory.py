@@ -135,8 +135,14 @@ def logit_bytes(model: ModelInfo, positions: int) -> int:
     return min(HEAD_CHUNK_BYTES, 4 * model.vocab_size * positions)
 
 
-def remembered_part(model: ModelInfo, resources: Resources, retention_tokens: int, ranks: int) -> Part:
-    """For exact KL on the retention file: pi_0's hidden states, dealt over the ranks, and its head."""
+def remembered_part(model: ModelInfo, resources: Resources, probe_tokens: int, ranks: int) -> Part:
+    """For exact KL on the held-out files: pi_0's hidden states, dealt over the ranks, and its head."""
     b, h = value_bytes(resources), model.hidden_size
-    num_bytes = b * h * (model.vocab_size + retention_tokens // ranks)
-    return Part("start remembered", num_bytes, f"{b} h (V + {retention_tokens:,} / R)")
+    num_bytes = b * h * (model.vocab_size + probe_tokens // ranks)
+    return Part("start remembered", num_bytes, f"{b} h (V + {probe_tokens:,} / R)")
+
+
+def start_weights_part(model: ModelInfo, resources: Resources, ranks: int) -> Part:
+    """For the distance from the start, without LoRA: theta_0, dealt over the ranks."""
+    b = value_bytes(resources)
+    return Part("start weights", b * model.num_parameters // ranks, f"{b} P / R")

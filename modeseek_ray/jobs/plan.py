@@ -15,7 +15,7 @@ from modeseek_ray.data.report import DataReport
 from modeseek_ray.jobs import memory
 from modeseek_ray.jobs.memory import Part
 from modeseek_ray.jobs.models import ModelInfo
-from modeseek_ray.weights import needs
+from modeseek_ray.weights import first_order_ratio, needs
 
 Phase = Literal["score", "train", "whole job"]
 LEDGER_BYTES_PER_SAMPLE = 25  # a row of weights.parquet, compressed
@@ -213,8 +213,10 @@ def _trainers(
         b = memory.value_bytes(resources)
         parts.append(Part("frozen start", b * model.num_parameters, f"{b} P, whole on each rank"))
     host = [Part("process", memory.TRAINER_BASE_BYTES, "Python, torch, DeepSpeed")]
-    if config.retention_file is not None:
-        tokens = _file_tokens(data, "retention")
+    if config.training.lora is None:
+        host.append(memory.start_weights_part(model, resources, ranks))
+    if config.retention_file is not None or config.validation_file is not None:
+        tokens = _file_tokens(data, "retention") + _file_tokens(data, "validation")
         host.append(memory.remembered_part(model, resources, tokens, ranks))
     on_gpu = resources.gpus_per_worker > 0
     offloads = on_gpu and resources.offload_optimizer and memory.effective_stage(resources) > 0
@@ -263,10 +265,11 @@ def _needs_frozen_copy(config: JobConfig) -> bool:
     """Without LoRA, KL to the start and token ratios against it need pi_0 beside the policy."""
     weighting = config.weighting
     asked = weighting.kl is not None or getattr(weighting.token, "scheme", None) == "ratio_token"
+    asked = asked or first_order_ratio(weighting) in ("policy_over_initial", "initial_over_policy")
     return asked and config.training.lora is None
 
 
-def _file_tokens(data: DataReport | None, role: Literal["retention"]) -> int:
+def _file_tokens(data: DataReport | None, role: Literal["retention", "validation"]) -> int:
     report = None if data is None else data.files.get(role)
     return 0 if report is None else report.trained_tokens
 

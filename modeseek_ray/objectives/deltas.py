@@ -1,10 +1,11 @@
 """What token ratios looked like: sums that ranks can add up, the figures made of them, and their warnings.
 
 No torch here: the driver and the pools read these. delta_t = ratio_t - 1 of each trained token, for one
-of two ratios (METHODS.md section 4):
+of three ratios (METHODS.md section 4):
 
-    ratio/     pi_theta / pi_old: the policy now over what the clip compares it with (staleness)
-    mismatch/  the trainer's policy when the batch was begun over the sampler's, pi_old / pi_sampler
+    ratio/      pi_theta / pi_old: the policy now over what the clip compares it with (staleness)
+    mismatch/   the trainer's policy when the batch was begun over the sampler's, pi_old / pi_sampler
+    weighting/  the weighting's own `of`, where it reads it to first order
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, fields
 
 DELTA_LIMIT = 0.5  # above it a first-order reading of the ratios no longer holds (METHODS.md section 4)
 
-# Flat names, each under `ratio/` and `mismatch/`. p is the numerator's policy, q the denominator's.
+# Flat names, each under `ratio/`, `mismatch/` and `weighting/`. p is the numerator's policy, q the denominator's.
 FIGURES: Mapping[str, str] = {
     "mean_abs_delta": "mean over tokens of |delta|",
     "max_abs_delta": "largest |delta| of a token",
@@ -103,6 +104,10 @@ _MEANING = {
     "mismatch": (
         "the trainer and the sampler disagree about the samples",
         "look at staleness, dtypes and (MoE) routing_replay; prefer exact ratios to first_order",
+    ),
+    "weighting": (
+        "1 + Σδ no longer says what the product of the token ratios is",
+        "set likelihood.approximation: exact",
     ),
 }
 

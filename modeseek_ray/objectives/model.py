@@ -9,20 +9,27 @@ ZeRO-3 gathers a partitioned weight before a module's forward and backward) sees
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from modeseek_ray.errors import ModelError, NumericsError
-from modeseek_ray.objectives.logprobs import Head, KlDirection, TokenScores, token_kl, token_scores
+from modeseek_ray.objectives.logprobs import (
+    Head,
+    KlDirection,
+    TokenScores,
+    token_kl,
+    token_kls,
+    token_scores,
+)
 
 
 class Reference(NamedTuple):
     """The frozen distribution a KL is measured against, at the same M positions."""
 
     hidden_MD: Tensor
-    direction: KlDirection
+    direction: KlDirection | Literal["both"]  # both: for evaluation, without gradient
     head: Head | None = None  # None = the policy's own head: it is frozen (LoRA) and shared
 
 
@@ -43,18 +50,27 @@ class ScoringHead(nn.Linear):
         scale: float = 1.0,
         statistics: bool = False,
         reference: Reference | None = None,
+        entropy: bool = False,
     ) -> Tensor | TokenScores:
         if target_M is None:
             return super().forward(hidden_MD)
         scores = token_scores(
-            hidden_MD, self.weight, target_M, bias_V=self.bias, temperature=1 / scale, statistics=statistics
+            hidden_MD,
+            self.weight,
+            target_M,
+            bias_V=self.bias,
+            temperature=1 / scale,
+            entropy=entropy,
+            statistics=statistics,
         )
         if reference is None:
             return scores
         own = Head(self.weight, self.bias, scale)
-        kl_M = token_kl(
-            hidden_MD, own, reference.hidden_MD, reference.head or own, direction=reference.direction
-        )
+        start = reference.head or own
+        if reference.direction == "both":
+            forward_M, reverse_M = token_kls(hidden_MD, own, reference.hidden_MD, start)
+            return scores._replace(kl_M=forward_M, kl_reverse_M=reverse_M)
+        kl_M = token_kl(hidden_MD, own, reference.hidden_MD, start, direction=reference.direction)
         return scores._replace(kl_M=kl_M)
 
 
@@ -106,19 +122,21 @@ class ScoringModel(nn.Module):
         positions_M: Tensor,
         target_M: Tensor,
         *,
+        entropy: bool = False,
         statistics: bool = False,
         keep_hidden: bool = False,
         reference: Reference | None = None,
     ) -> TokenScores:
         """Score `target_M`; `positions_M` indexes B * S at the position that predicts each of them.
 
-        `statistics` adds entropies, `keep_hidden` the head's input, `reference` the KL against it.
+        `entropy` adds the policy's, `statistics` that of its top tokens as well, `keep_hidden` the head's
+        input, `reference` the KL against it.
         """
         hidden_BSD = self.backbone(
             input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False
         ).last_hidden_state
         hidden_MD = hidden_BSD.flatten(0, 1).index_select(0, positions_M)
-        scores: TokenScores = self.head(hidden_MD, target_M, self.scale, statistics, reference)
+        scores: TokenScores = self.head(hidden_MD, target_M, self.scale, statistics, reference, entropy)
         return scores._replace(hidden_M=hidden_MD.detach()) if keep_hidden else scores
 
 

@@ -193,32 +193,85 @@ def retention(metrics: Metrics) -> FigureView | None:
 
 
 def kl(metrics: Metrics) -> FigureView | None:
-    """Forward KL to the start on the retention file."""
-    if "retention.kl_nats" not in metrics:
-        return None
-    steps, values = metrics.known("retention.kl_nats")
-    with Chart() as chart:
-        chart.axes.plot(steps, values, "o-", markersize=3.5, color=SERIES[3], clip_on=False)
-        steps_axis(chart, int(metrics.step_S[-1]))
-        chart.axes.set_ylim(bottom=0)
+    """KL to the start on both held-out files, in both directions."""
+    lines = [
+        ("retention.kl_nats", "old tasks, KL(π₀‖π)", SERIES[3], "-"),
+        ("retention.kl_reverse_nats", "old tasks, KL(π‖π₀)", SERIES[3], "--"),
+        ("validation.kl_nats", "new task, KL(π₀‖π)", SERIES[2], "-"),
+        ("validation.kl_reverse_nats", "new task, KL(π‖π₀)", SERIES[2], "--"),
+    ]
     caption = (
-        "KL(π₀‖π) in nats per token over the retention file, the whole vocabulary summed: how far the model"
-        " has moved where it should have stayed."
+        "Nats per token, the whole vocabulary summed: how far the model has moved on the new task, and on the"
+        " old ones, where it should have stayed. KL(π₀‖π) is large where something the start would have said is"
+        " lost, KL(π‖π₀) where something is said that the start would not have."
     )
-    return figure("kl", "Distance from the start", caption, chart)
+    return _lines(metrics, lines, name="kl", title="Distance from the start", caption=caption, few=True)
+
+
+def entropy(metrics: Metrics) -> FigureView | None:
+    """The policy's entropy on the batch and on the held-out files."""
+    lines = [
+        ("entropy", "training batch", SERIES[0], "-"),
+        ("validation.entropy", "new task", SERIES[2], "-"),
+        ("retention.entropy", "old tasks", SERIES[3], "-"),
+    ]
+    caption = (
+        "Mean entropy of the next-token distribution over trained tokens, in nats. One that falls towards zero"
+        " is a policy that has become sure of itself."
+    )
+    return _lines(metrics, lines, name="entropy", title="Entropy of the policy", caption=caption)
+
+
+def parameter_distance(metrics: Metrics) -> FigureView | None:
+    """Norm of theta - theta_0."""
+    caption = (
+        "‖θ − θ₀‖ over all trained parameters; with LoRA of the merged weights. How far the parameters have"
+        " moved, whatever that did to the answers."
+    )
+    lines = [("parameter_distance", "", SERIES[4], "-")]
+    return _lines(
+        metrics, lines, name="distance", title="Distance of the parameters", caption=caption, few=True
+    )
 
 
 def gradient_norm(metrics: Metrics) -> FigureView | None:
-    """Global gradient norm before clipping."""
-    if "grad_norm" not in metrics:
+    """Global gradient norm before and after clipping."""
+    lines = [
+        ("grad_norm", "before clipping", SERIES[5], "-"),
+        ("grad_norm_clipped", "after", SERIES[0], "-"),
+    ]
+    caption = (
+        "Global gradient norm; the optimizer gets the one after clipping. Spikes are batches the model found"
+        " surprising."
+    )
+    return _lines(metrics, lines, name="gradients", title="Gradient norm", caption=caption)
+
+
+def _lines(
+    metrics: Metrics,
+    lines: Sequence[tuple[str, str, str, str]],
+    *,
+    name: str,
+    title: str,
+    caption: str,
+    few: bool = False,
+) -> FigureView | None:
+    """Some columns over the steps, each (column, label, colour, dashes); `few` marks every point."""
+    lines = [line for line in lines if line[0] in metrics]
+    if not lines:
         return None
-    steps, values = metrics.known("grad_norm")
     with Chart() as chart:
-        chart.axes.plot(*thin(steps, values), color=SERIES[5], linewidth=1.1)
+        for column, label, color, dashes in lines:
+            steps, values = metrics.known(column)
+            marks: dict[str, Any] = {"marker": "o", "markersize": 3.5, "clip_on": False} if few else {}
+            chart.axes.plot(
+                *thin(steps, values), color=color, linestyle=dashes, linewidth=1.1, label=label, **marks
+            )
         steps_axis(chart, int(metrics.step_S[-1]))
         chart.axes.set_ylim(bottom=0)
-    caption = "Global gradient norm before clipping. Spikes are batches the model found surprising."
-    return figure("gradients", "Gradient norm", caption, chart)
+        if len(lines) > 1:
+            chart.legend(columns=2)
+    return figure(name, title, caption, chart)
 
 
 def paths(jobs: Mapping[str, Metrics]) -> FigureView | None:

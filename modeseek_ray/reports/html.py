@@ -16,6 +16,7 @@ from markupsafe import Markup
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.reports import figures
 from modeseek_ray.reports.distribution import read_distribution
+from modeseek_ray.reports.every_figure import every_figure, every_text
 from modeseek_ray.reports.figures import FigureView
 from modeseek_ray.reports.results import Metrics
 from modeseek_ray.reports.rows import Texts, ledger_view, steering_of
@@ -41,17 +42,23 @@ def write_report(result_dir: Path, out: Path, texts: Texts | None = None) -> Pat
         verdict=verdict(summary),
         facts=_facts(summary),
         outcome=_present(
-            figures.paths({summary.name: metrics}), figures.retention(metrics), figures.kl(metrics)
+            figures.paths({summary.name: metrics}),
+            figures.retention(metrics),
+            figures.kl(metrics),
+            figures.parameter_distance(metrics),
         ),
         training=_present(
             figures.loss(metrics),
             figures.ess(metrics),
             figures.exponent(metrics, "gamma"),
             figures.exponent(metrics, "beta"),
+            figures.entropy(metrics),
             figures.gradient_norm(metrics),
         ),
         weighting=_present(weight_bands(course), weight_ridges(course)),
         ledger=ledger_view(ledger, texts, steering_of(summary.record.config)),
+        every_figure=every_figure(metrics),
+        every_text=every_text(metrics),
         config=json.dumps(summary.record.config, indent=2, ensure_ascii=False, default=str),
     )
     return write_page(out, page)

@@ -83,7 +83,7 @@ def _flatten_step(report: StepReport) -> Row:
         row["tokens_per_s"] = report.num_tokens / total_s
     if report.num_positions > 0:
         row["padded_share"] = report.num_padded / report.num_positions
-    row |= _known(kl_nats=report.kl_nats)
+    row |= _known(grad_norm_clipped=report.grad_norm_clipped, kl_nats=report.kl_nats, entropy=report.entropy)
     row |= report.figures
     row |= {f"seconds_{part}": value for part, value in report.seconds.items()}
     return row
@@ -91,7 +91,13 @@ def _flatten_step(report: StepReport) -> Row:
 
 def _flatten_evaluation(name: str, report: EvalReport) -> Row:
     row: Row = {f"{name}.nll": report.nll, f"{name}.token_accuracy": report.token_accuracy}
-    row |= _known(**{f"{name}.accuracy": report.accuracy, f"{name}.kl_nats": report.kl_nats})
+    measured = {
+        "accuracy": report.accuracy,
+        "entropy": report.entropy,
+        "kl_nats": report.kl_nats,
+        "kl_reverse_nats": report.kl_reverse_nats,
+    }
+    row |= _known(**{f"{name}.{measure}": value for measure, value in measured.items()})
     for task, part in report.by_task.items():
         row |= _flatten_evaluation(f"{name}.{task}", part)
     return row

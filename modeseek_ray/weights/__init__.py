@@ -12,7 +12,14 @@ from modeseek_ray.weights.presets import PRESETS, preset_fields
 from modeseek_ray.weights.solve import effective_sample_size
 from modeseek_ray.weights.steering import PromptLedger, draw_prompts, prompt_probabilities
 from modeseek_ray.weights.weigh import observe, weigh
-from modeseek_ray.weights.weighting import Guards, Weighting, needs, resolve, uses_likelihood
+from modeseek_ray.weights.weighting import (
+    Guards,
+    Weighting,
+    first_order_ratio,
+    needs,
+    resolve,
+    uses_likelihood,
+)
 
 __all__ = [
     "PRESETS",
@@ -28,6 +35,7 @@ __all__ = [
     "check_weighting",
     "draw_prompts",
     "effective_sample_size",
+    "first_order_ratio",
     "first_order_solver",
     "kl_coefficient",
     "needs",

@@ -10,9 +10,9 @@ from modeseek_ray.errors import ConfigError
 from modeseek_ray.weights import gamma as ways
 from modeseek_ray.weights.control import NEARER_WITH_GAMMA
 from modeseek_ray.weights.gamma import GAMMA_LIMIT
-from modeseek_ray.weights.likelihood import REAL_RATIOS
+from modeseek_ray.weights.likelihood import FIRST_ORDER_RATIOS, REAL_RATIOS
 from modeseek_ray.weights.registry import SIGNED
-from modeseek_ray.weights.weighting import Weighting, needs, uses_likelihood
+from modeseek_ray.weights.weighting import Weighting, first_order_ratio, needs, uses_likelihood
 
 ROOT = "method.weighted"
 
@@ -24,6 +24,7 @@ class Facts:
     batch_size: int | None = None
     has_rewards: bool | None = None  # a `reward` on some row, or a grader
     has_log_behavior: bool | None = None  # the sampler's log-probabilities, or a behaviour model
+    has_token_logprobs: bool | None = None  # the sampler's, one per trained token
     samples_per_prompt: int | None = None  # of the prompt that has most
     smallest_reward: float | None = None
     inner_steps: int = 1  # optimizer steps on one batch
@@ -115,11 +116,12 @@ def _likelihood(weighting: Weighting) -> Iterator[Problem]:
             f"Choose {', '.join(REAL_RATIOS)}.",
         )
     first_order = getattr(f, "approximation", "exact") == "first_order"
-    if first_order and of != "policy_over_initial":
+    if first_order and of not in FIRST_ORDER_RATIOS:
+        why = "whose policy is kept as sums, without tokens" if of in REAL_RATIOS else "which is no ratio"
         yield _error(
             "likelihood.approximation",
-            "first_order uses the token ratios policy / initial.",
-            "Choose of: policy_over_initial, or approximation: exact.",
+            f"first_order sums up token ratios, and there are none of {of}, {why}.",
+            f"Choose of: {', '.join(FIRST_ORDER_RATIOS)}, or approximation: exact.",
         )
     if first_order and f.length_exponent != 0:
         yield _error(
@@ -198,6 +200,13 @@ def _reward(weighting: Weighting) -> Iterator[Problem]:
             f"{g.scheme} is used as it is: it takes no likelihood factor.",
             "Set likelihood: {scheme: uniform}, or choose another reward scheme.",
         )
+    betas = getattr(g, "beta", None)
+    if isinstance(betas, list) and len(betas) != weighting.rounds:
+        yield _error(
+            "reward.beta",
+            f"a list of {len(betas)} for {weighting.rounds} rounds: a list has one beta for each round.",
+            f"Set rounds: {len(betas)}, give {weighting.rounds} numbers, or one number for all rounds.",
+        )
     if g.scheme == "preference" and g.scope == "batch":
         yield _error(
             "reward.scope",
@@ -237,6 +246,13 @@ def _against_data(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
             "likelihood.of",
             f"{weighting.likelihood.of} needs to know how likely the data were to their author.",
             "Give `logprobs` with every row, or name a behavior_model, or choose another `of`.",
+        )
+    if first_order_ratio(weighting) == "policy_over_data" and facts.has_token_logprobs is False:
+        yield _error(
+            "likelihood.approximation",
+            "first_order of policy_over_data needs the sampler's log-probability of every token; a row's sum, or a"
+            " behavior_model, does not say them.",
+            "Give `logprobs` as a list, one number per trained token, or choose approximation: exact.",
         )
     if "distance" in wanted:
         yield _error(

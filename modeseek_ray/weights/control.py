@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -169,12 +169,26 @@ def scheduled(schedule: ways.Schedule, progress: float) -> float:
     return float(np.interp(p, [at for at, _ in knots], [gamma for _, gamma in knots]))
 
 
-def choose_beta(setting: Any, log_ess_of_beta: Callable[[float], float], spread: float) -> Solved:
-    """This step's beta: the sharpest whose ESS stays above the floor, solved in 1/beta.
+def beta_of_round(betas: Sequence[float], progress: float) -> float:
+    """The round's own number where a job's steps are cut into as many equal rounds.
+
+    >>> [beta_of_round([4.0, 2.0], progress) for progress in (0.0, 0.49, 0.5, 1.0)]
+    [4.0, 4.0, 2.0, 2.0]
+    """
+    # progress is a quotient of whole steps: 1e-9 is beyond its rounding and below any step.
+    return float(betas[min(len(betas) - 1, int(progress * len(betas) + 1e-9))])
+
+
+def choose_beta(
+    setting: Any, log_ess_of_beta: Callable[[float], float], spread: float, *, progress: float
+) -> Solved:
+    """This step's beta: the round's, or the sharpest whose ESS stays above the floor, solved in 1/beta.
 
     `spread` is the largest distance between rewards that are compared with each other; 0 means that
     every comparison ties and that any beta gives the same weights.
     """
+    if isinstance(setting, list):
+        return Solved(beta_of_round(setting, progress), "fixed")
     if not isinstance(setting, ways.EssBeta):
         return Solved(float(setting), "fixed")
     if spread == 0:

@@ -39,7 +39,7 @@ class Factor:
     warnings: tuple[str, ...] = ()
 
 
-def reward_factor(batch: Batch, weighting: Weighting, memory: Mapping[str, Any]) -> Factor:
+def reward_factor(batch: Batch, weighting: Weighting, progress: float, memory: Mapping[str, Any]) -> Factor:
     """Steps 1 and 2: beta with base a, then g over its scope's a-weighted mean (signed schemes: A itself)."""
     g, scheme = weighting.reward, scheme_of("reward", weighting.reward)
     if g.scheme == "uniform" or len(batch.prior_A) == 0:
@@ -56,7 +56,8 @@ def reward_factor(batch: Batch, weighting: Weighting, memory: Mapping[str, Any])
     ranges_S = _reward_ranges(batch, scope)
     solved = Solved(1.0, "none")
     if "beta" in keywords(scheme):
-        solved = choose_beta(g.beta, log_ess, float(ranges_S.max(initial=0.0)))
+        spread = float(ranges_S.max(initial=0.0))
+        solved = choose_beta(g.beta, log_ess, spread, progress=progress)
     beta = solved.value if "beta" in keywords(scheme) else None
     warnings = list(solved.warnings)
     if len(ranges_S) and not ranges_S.any():

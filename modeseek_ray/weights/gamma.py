@@ -135,9 +135,11 @@ class EssBeta(Strict):
 
 
 def _kind(value: Any) -> str:
-    """The tag of a setting: `number`, or the one key of the object."""
+    """The tag of a setting: `number`, `list`, or the one key of the object."""
     if isinstance(value, Strict):
         return TAG_PREFIX + next(iter(type(value).model_fields))
+    if isinstance(value, list):
+        return TAG_PREFIX + "list"
     if isinstance(value, dict):
         return TAG_PREFIX + (str(next(iter(value))) if len(value) == 1 else "?")
     return TAG_PREFIX + "number"
@@ -162,8 +164,12 @@ GammaSetting: Any = Annotated[
     | _tagged("inverse_median_nll", InverseMedianNllGamma),
     _choice("gamma", "ess, schedule, per_sample, bias_variance, kl_budget, inverse_median_nll"),
 ]
+# A list has one beta for each of the job's `rounds`.
 BetaSetting: Any = Annotated[
-    _tagged("number", Annotated[float, Field(gt=0)]) | _tagged("ess", EssBeta), _choice("beta", "ess")
+    _tagged("number", Annotated[float, Field(gt=0)])
+    | _tagged("list", Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=1000)])
+    | _tagged("ess", EssBeta),
+    _choice("beta", "ess; or a list, one number for each round"),
 ]
 
 # What a scheme's signature says: the function gets the number.

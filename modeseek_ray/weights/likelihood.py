@@ -18,6 +18,8 @@ Of = Literal[
     "policy_over_initial", "policy_over_data", "policy", "initial", "initial_over_policy", "round_over_data"
 ]
 REAL_RATIOS = ("policy_over_initial", "policy_over_data", "initial_over_policy", "round_over_data")
+# Whose single tokens a trainer can see: the frozen start's, and a sampler's that came with the rows.
+FIRST_ORDER_RATIOS = ("policy_over_initial", "initial_over_policy", "policy_over_data")
 RATIOS_TO_START = ("policy_over_initial", "initial_over_policy")  # exactly 1 before the first update
 _EXP_LIMIT = 700.0  # exp(709.8) is the largest double
 
@@ -49,7 +51,8 @@ def ratio_power(
     """f = w^gamma = exp(gamma L)
 
     What: tempers a likelihood ratio; which one (`of`) decides the fixed point. With
-    approximation: first_order, f = max(0, 1 + gamma sum_t delta_t) at length_exponent 0.
+    approximation: first_order, f = max(0, 1 + gamma sum_t delta_t) at length_exponent 0, delta_t + 1 being
+    the same ratio of one token.
     Use: to prefer or avoid samples by how likely they are; gamma 0.3-0.7, or by ESS.
     Not: gamma >= 1 with `policy` or `policy_over_initial` (collapses); first_order beyond gamma 0.5.
     """

@@ -21,7 +21,7 @@ from modeseek_ray.weights.likelihood import RATIOS_TO_START
 from modeseek_ray.weights.metrics import STARVED_BELOW
 from modeseek_ray.weights.registry import positionals, scheme_of
 from modeseek_ray.weights.weigh import weigh
-from modeseek_ray.weights.weighting import Weighting, uses_likelihood
+from modeseek_ray.weights.weighting import Weighting, first_order_ratio, uses_likelihood
 
 DOMINANT_ABOVE = 5.0  # times the mean weight
 ROWS_NAMED = 10  # of each kind; counts are of all
@@ -110,7 +110,10 @@ def outlook(
     >>> seen.ess_ratio, seen.by_source[0].mean
     (1.0, 1.0)
     """
-    weights = weigh(at_start(evidence), weighting)
+    start = at_start(evidence)
+    if first_order_ratio(weighting) == "policy_over_data":  # its tokens are scored by trainers alone
+        start = replace(start, sum_delta_N=None)
+    weights = weigh(start, weighting)
     size_N = np.abs(weights.values_N)  # a signed advantage pushes as hard either way
     relative_N = size_N / size_N.mean() if size_N.any() else size_N
     row_N = np.arange(evidence.size) if evidence.row_N is None else evidence.row_N

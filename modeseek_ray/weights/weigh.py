@@ -52,7 +52,7 @@ def weigh(
     refuse_impossible(weighting)
     memory = dict(state or {})
     batch = Batch.of(evidence, weighting)
-    reward = reward_factor(batch, weighting, memory)  # 1, 2
+    reward = reward_factor(batch, weighting, progress, memory)  # 1, 2
     if weighting.reward.scheme in SIGNED:
         likelihood, final = Factor(np.ones(len(batch.prior_A))), Final(batch.prior_A * reward.values_A)
     else:

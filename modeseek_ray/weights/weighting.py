@@ -123,6 +123,18 @@ def needs(weighting: Weighting) -> frozenset[str]:
     return frozenset(wanted)
 
 
+def first_order_ratio(weighting: Weighting) -> Any:
+    """Whose token ratios the weighting reads to first order, as its `of` names it; None where it reads none.
+
+    >>> f = {"scheme": "ratio_power", "of": "initial_over_policy", "length_exponent": 0}
+    >>> first_order_ratio(Weighting(likelihood={**f, "approximation": "first_order"}))
+    'initial_over_policy'
+    """
+    f = weighting.likelihood
+    first_order = getattr(f, "approximation", "exact") == "first_order"
+    return f.of if first_order and uses_likelihood(weighting) else None
+
+
 def uses_likelihood(weighting: Weighting) -> bool:
     """False where f = 1 whatever the evidence: the uniform scheme, or gamma = 0."""
     f = weighting.likelihood

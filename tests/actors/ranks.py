@@ -339,3 +339,34 @@ def draws(rank: TrainerRank) -> tuple[float, float, float]:
     import torch
 
     return float(torch.rand(())), float(np.random.random()), random.random()
+
+
+def capture_norms(rank: TrainerRank) -> None:
+    """From now on: the squared norm of the gradients this rank's optimizer is handed, after clipping."""
+    policy = rank._ready()
+    optimizer: Any = policy.engine._engine.optimizer
+    while hasattr(optimizer, "optimizer"):  # DeepSpeed's around torch's
+        optimizer = optimizer.optimizer
+    take = optimizer.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        square = sum(float((g.double() ** 2).sum()) for g in gradients)
+        policy.square = getattr(policy, "square", 0.0) + square  # type: ignore[attr-defined]
+        return take(*args, **kwargs)
+
+    def begin(learning_rate: float) -> float:
+        policy.square = 0.0  # type: ignore[attr-defined]
+        return whole(learning_rate)
+
+    whole = policy.engine.step
+    policy.engine.step = begin  # type: ignore[method-assign]
+    optimizer.step = step
+
+
+def captured_square(rank: TrainerRank) -> float:
+    """Of the last step."""
+    square: float = rank._ready().square  # type: ignore[attr-defined]
+    return square

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from actors import attempt as attempt_module
 from actors.attempt import Attempt, AttemptResult, AttemptSpec, Placement
 from actors.journal import CallbackSink, ResultJournal
 from actors.local import LocalPlacement
+from actors.trackers import trackers_of
 from modeseek_ray.config import parse_config
 from modeseek_ray.errors import ConfigError, NumericsError
 from modeseek_ray.reports.results import read_job, read_metrics
+from tests.modeseek_ray.weights.test_weights_watch import SECTION_7
 
 ANCHORED = {
     "likelihood": {"scheme": "ratio_power", "of": "initial_over_policy", "gamma": {"ess": {"floor": 0.5}}}
@@ -59,11 +62,13 @@ def _spec(
         "evaluate_every": 3,
         "checkpoint_every": 2,
     }
+    given = dict(weighting or {})
+    training |= given.pop("training", {})
     config = parse_config(
         {
             "model": str(model),
             **{role: str(path) for role, path in files.items()},
-            "method": {"type": "weighted", "weighted": {**(weighting or {}), "training": training}},
+            "method": {"type": "weighted", "weighted": {**given, "training": training}},
             "resources": resources,
         }
     )
@@ -94,6 +99,48 @@ def test_a_job_leaves_a_model_figures_and_a_report(
     assert metrics.last("gamma") > 0
     record = read_job(tmp_path / "results")
     assert (record.status, record.weights_sha256) == ("succeeded", result.weights_sha256)
+
+
+def test_the_figures_of_section_7_arrive_everywhere(tiny_dense: Path, tmp_path: Path) -> None:
+    """A dense job's: events, metrics.csv, TensorBoard and the report. Experts need an MoE model and a sampler."""
+    paths = {role: tmp_path / f"{role}.jsonl" for role in ("training", "validation", "retention")}
+    for seed, (role, path) in enumerate(paths.items()):
+        rng = np.random.default_rng(seed)
+        rows = [
+            {"prompt": f"{role} {j}", "completion": "ab" * int(rng.integers(1, 5)), "reward": float(j % 3)}
+            for j in range(32 if role == "training" else 4)
+        ]
+        rows = [{**row, "task": "twice"} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    weighting = {
+        **ANCHORED,
+        "reward": {"scheme": "exponential", "beta": 1.0, "scope": "batch"},
+        "token": {"scheme": "psft", "clip": 0.01},
+        "training": {"batch_size": 32, "epochs": 4, "inner_steps": 2},
+    }
+    files = {f"{role}_file": path for role, path in paths.items()}
+    # Micro-batches other than the scorer's: without a difference there is no noise that L could be over.
+    spec = _spec(tiny_dense, files, tmp_path / "job", weighting, micro_batch_size=3)
+    results, events = spec.directory / "results", list[Mapping[str, Any]]()
+    trackers = trackers_of(spec.config, results, "job")
+    journal = ResultJournal(results, CallbackSink(events.append), trackers=trackers)
+    asyncio.run(Attempt(spec, LocalPlacement(), journal).run())
+
+    no_experts = {key: names for key, names in SECTION_7.items() if not key.startswith("MoE")}
+    wanted = {name.replace("TASK", "twice") for names in no_experts.values() for name in names}
+    wanted -= {"validation.accuracy"}  # no row says what is right
+    numbers = wanted - {"bound_by"}
+    metrics = read_metrics(results)
+    assert {name for name in numbers if name not in metrics} == set()
+    assert wanted <= {name for event in events if event["type"] == "metrics" for name in event["data"]}
+    board = EventAccumulator(str(results / "tensorboard"))
+    board.Reload()
+    assert {name.replace(".", "/", 1) for name in numbers} <= set(board.Tags()["scalars"])
+    report = (results / "report.html").read_text()
+    assert [name for name in wanted if f'<th scope="row">{name}</th>' not in report] == []
+    assert metrics.first("parameter_distance") == 0
+    assert metrics.last("parameter_distance") > 0
+    assert metrics.last("validation.kl_reverse_nats") > 0
 
 
 def test_gamma_zero_is_plain_fine_tuning_bit_for_bit(

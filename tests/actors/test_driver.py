@@ -78,7 +78,7 @@ class FakeTrainer:
         self.parts: list[list[list[int]]] = []
         self.loss = loss
 
-    async def remember_start(self, retention: Sequence[Group]) -> None:
+    async def remember_start(self, probes: Sequence[Group]) -> None:
         self.calls.append("remember_start")
 
     async def score(self, groups: Sequence[Group]) -> list[Group]:
@@ -101,6 +101,9 @@ class FakeTrainer:
         self.calls.append(f"evaluate{'+kl' if kl else ''}")
         return EvalReport(nll=1.0, token_accuracy=0.5, num_tokens=6)
 
+    async def distance_from_start(self) -> float:
+        return float(self.calls.count("step"))
+
     async def save(self, directory: Path) -> None:
         self.calls.append("save")
 
@@ -115,6 +118,7 @@ class FakeJournal:
         self.reports: list[StepReport] = []
         self.warnings: list[tuple[str, ...]] = []
         self.skips: list[tuple[int, dict[str, float]]] = []
+        self.distances: dict[int, float] = {}
         self.asked = 0
         self.stop_at = stop_at
         self.wanted = wanted
@@ -132,7 +136,8 @@ class FakeJournal:
     async def skipped(self, step: int, figures: Mapping[str, float], total_steps: int) -> None:
         self.skips.append((step, dict(figures)))
 
-    async def evaluated(self, step: int, reports: Any) -> None: ...
+    async def evaluated(self, step: int, reports: Any, figures: Mapping[str, float] | None = None) -> None:
+        self.distances[step] = (figures or {})["parameter_distance"]
 
     async def checkpoint(self, step: int, directory: Path, metrics: Any) -> None: ...
 

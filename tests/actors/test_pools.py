@@ -185,6 +185,7 @@ def _rows(**changes: Any) -> RankEvaluation:
         "problem_N": np.array([0, 0, 1, -1]),
         "tasks": ("sort", "sort", "copy", "text"),
         "kl_N": np.array([0.2, 9.0, 0.4, 0.4]),
+        "entropy_N": np.array([0.5, 9.0, 1.0, 0.5]),
     }
     return RankEvaluation(**{**columns, **changes})
 
@@ -194,6 +195,8 @@ def test_a_problem_counts_once_and_any_accepted_answer_is_right() -> None:
     assert report.accuracy == 0.5  # the text row has no right answer to write
     assert report.nll == (3.0 + 6.0 + 8.0) / 10
     assert report.kl_nats == pytest.approx(0.1)
+    assert report.entropy == pytest.approx((0.5 + 1.0 + 0.5) / 10)
+    assert report.kl_reverse_nats is None
     assert report.by_task["sort"].accuracy == 1.0
     assert report.by_task["copy"].accuracy == 0.0
     assert report.by_task["text"].accuracy is None
@@ -211,6 +214,6 @@ def test_rows_of_several_ranks_are_merged_in_order() -> None:
 
 def _take(rows: RankEvaluation, index_N: np.ndarray) -> RankEvaluation:
     return RankEvaluation(
-        **{k: v[index_N] for k, v in vars(rows).items() if k != "tasks"},
+        **{k: None if v is None else v[index_N] for k, v in vars(rows).items() if k != "tasks"},
         tasks=tuple(rows.tasks[i] for i in index_N),
     )

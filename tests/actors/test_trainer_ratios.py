@@ -235,7 +235,8 @@ class TestMismatch:
     def test_multiplies_each_tokens_loss(
         self, start: Start, samples: list[Sample], mismatch: Mismatch, factor: float, low: float, high: float
     ) -> None:
-        trainer = start(objective=Objective(mismatch=mismatch, clip=RatioClip()), world_size=2)
+        objective = Objective(mismatch=mismatch, clip=RatioClip(), delta_of="policy_over_data")
+        trainer = start(objective=objective, world_size=2)
         drawn = self.sampled(trainer, samples, np.log(3.0))
         log_prob_N = trainer.score(drawn)
         course = run(trainer, drawn, [np.arange(8)])

@@ -160,6 +160,20 @@ def test_retention_keeps_hidden_states_and_the_head() -> None:
     assert part(found, "start remembered") == 4 * 100 * (1_000 + 250)
 
 
+def test_the_start_is_kept_to_measure_the_distance_from_it_unless_adapters_can_be_switched_off() -> None:
+    found = trainer(plan(config(resources={"trainers": 2}), model(), data()))
+    assert part(found, "start weights") == 4 * 1_000_000 // 2
+    with_lora = trainer(plan(config({"training": {"lora": {"rank": 4}}}), model(), data()))
+    assert "start weights" not in [p.name for p in with_lora.host]
+
+
+def test_first_order_ratios_to_the_start_need_a_frozen_copy() -> None:
+    f = {"scheme": "ratio_power", "gamma": 0.3, "length_exponent": 0, "approximation": "first_order"}
+    for of, needed in (("policy_over_initial", True), ("policy_over_data", False)):
+        found = trainer(plan(config({"likelihood": {**f, "of": of}}), model(), data()))
+        assert ("frozen start" in [p.name for p in found.host]) == needed
+
+
 def test_scorers_run_before_the_trainers_and_only_where_the_weighting_looks_at_the_start() -> None:
     resources = {"scorers": 3, "trainers": 2, "cpus_per_worker": 2.0}
     sft = plan(config(resources=resources), model(), data())
@@ -173,7 +187,7 @@ def test_scorers_run_before_the_trainers_and_only_where_the_weighting_looks_at_t
 def test_on_gpus_the_model_is_on_the_device_and_an_offloaded_optimizer_is_not() -> None:
     resources = {"gpus_per_worker": 1.0, "offload_optimizer": True, "dtype": "bfloat16"}
     found = trainer(plan(config(resources=resources), model(), data()))
-    assert [p.name for p in found.host] == ["process", "optimizer"]
+    assert [p.name for p in found.host] == ["process", "start weights", "optimizer"]
     assert "parameters" in [p.name for p in found.device]
     assert plan(config(resources=resources), model(), data()).gpus == 1.0
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeseek_ray.objectives.logprobs import Head, KlDirection, token_kl, token_scores
+from modeseek_ray.objectives.logprobs import Head, KlDirection, token_kl, token_kls, token_scores
 
 M, D, V = 37, 16, 101
 
@@ -173,3 +173,34 @@ def test_memory_of_a_large_vocabulary() -> None:
     # Ours: one chunk (64 MiB), the weight's gradient (16 MiB) and working space.
     result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 200
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropy_alone_is_that_of_the_full_logits(temperature: float) -> None:
+    hidden, weight, bias = random_head()
+    scores = token_scores(
+        hidden, weight, targets(), bias_V=bias, temperature=temperature, entropy=True, chunk_positions=5
+    )
+    exact = as_float64(hidden, weight, bias)
+    logits = (exact[0] @ exact[1].t() + exact[2]) / temperature
+    expected_M = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(scores.entropy_M.double(), expected_M, rtol=0, atol=2e-6)
+    assert scores.top_entropy_M is None
+    assert not scores.entropy_M.requires_grad
+    plain = token_scores(hidden, weight, targets(), bias_V=bias, temperature=temperature, chunk_positions=5)
+    assert torch.equal(plain.log_prob_M, scores.log_prob_M), "asking for it changes no bit of the others"
+
+
+def test_both_directions_of_kl_at_once() -> None:
+    """METHODS.md section 5: forward .510826, reverse .368064; and against the one-direction function."""
+    start = Head(torch.zeros(2, 1))
+    policy = Head(torch.tensor([[math.log(9.0)], [0.0]]))
+    forward_M, reverse_M = token_kls(torch.ones(1, 1), policy, torch.ones(1, 1), start)
+    assert (forward_M.item(), reverse_M.item()) == pytest.approx((0.510826, 0.368064), abs=1e-6)
+    hidden, weight, bias = (t.detach() for t in random_head())
+    other = random_head(seed=2)
+    heads = Head(weight, bias, 0.5), Head(other[1].detach(), other[2].detach(), 0.5)
+    found = token_kls(hidden, heads[0], other[0].detach(), heads[1], chunk_positions=5)
+    for kl_M, direction in zip(found, ("forward", "reverse"), strict=True):
+        expected_M = token_kl(hidden, heads[0], other[0].detach(), heads[1], direction=direction)
+        torch.testing.assert_close(kl_M, expected_M)

@@ -187,6 +187,18 @@ IMPOSSIBLE = [
     ({"preset": "psft"}, Facts(), "token.scheme"),
     ({"preset": "iterative"}, Facts(has_log_behavior=False), "likelihood.of"),
     ({"rounds": 2}, Facts(), "rounds"),
+    ({"preset": "iterative", "rounds": 2, "reward": {"beta": [1.0, 2.0, 3.0]}}, Facts(), "reward.beta"),
+    ({"reward": {"scheme": "exponential", "beta": [1.0, 2.0]}}, Facts(), "reward.beta"),
+    (
+        ratio(approximation="first_order", of="round_over_data", length_exponent=0),
+        Facts(),
+        "likelihood.approximation",
+    ),
+    (
+        ratio(approximation="first_order", of="policy_over_data", length_exponent=0),
+        Facts(has_log_behavior=True, has_token_logprobs=False),
+        "likelihood.approximation",
+    ),
     ({**ratio(), "rounds": 2}, Facts(), "rounds"),
     (ratio(gamma={"per_sample": {"distance": "kl"}}), Facts(), "likelihood.gamma.per_sample.distance"),
 ]

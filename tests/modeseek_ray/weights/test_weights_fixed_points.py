@@ -96,6 +96,39 @@ def test_only_the_sum_of_inverse_betas_matters(betas: list[float]) -> None:
     np.testing.assert_allclose(policy_N, normal(START * np.exp(REWARDS / 0.7)), rtol=1e-12)
 
 
+@pytest.mark.parametrize("betas", [[2.8] * 4, [7 / 3, 1.0], [0.7]])
+def test_a_beta_for_each_round(betas: list[float]) -> None:
+    """The same as a list in one job of three steps a round, whose progress says which round it is."""
+    rounds = len(betas)
+    weighting = Weighting.model_validate(
+        {
+            "preset": "iterative",
+            "rounds": rounds,
+            "reward": {"beta": betas},
+            "guards": {"cap": None},
+        }
+    )
+    policy_N, used = START, []
+    for step in range(3 * rounds):
+        if step % 3 == 0:
+            began_N = policy_N
+        evidence = Evidence(
+            None,
+            np.log(START),
+            np.ones(3),
+            np.log(MU),
+            REWARDS,
+            np.zeros(3, int),
+            prior_N=MU,
+            log_round_N=np.log(began_N),
+        )
+        weights = weigh(evidence, weighting, progress=step / (3 * rounds))
+        used.append(weights.beta)
+        policy_N = normal(weights.values_N)
+    assert used == [beta for beta in betas for _ in range(3)]
+    np.testing.assert_allclose(policy_N, normal(START * np.exp(REWARDS / 0.7)), rtol=1e-12)
+
+
 def test_with_the_live_policy_in_its_place_it_collapses_to_the_best() -> None:
     likelihood = {"scheme": "ratio_power", "of": "policy_over_data", "gamma": 1.0}
     setting = {"likelihood": likelihood, "reward": {"scheme": "exponential"}, "guards": {"cap": None}}
