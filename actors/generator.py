@@ -63,6 +63,9 @@ class GeneratorSpec:
     gpus_per_worker: float = 0.0  # of each tensor-parallel part
     # How new weights come: chunks through the object store, or vLLM's own NCCL broadcast between GPUs.
     transfer: Literal["chunks", "nccl"] = "chunks"
+    # What log-probabilities are of: the distribution really drawn from (after temperature and top_p),
+    # which ratios need, or the model's own at temperature one, which people expect of an answer.
+    logprobs_mode: Literal["processed_logprobs", "raw_logprobs"] = "processed_logprobs"
     # A broken engine ends its process, so that its pool starts another; never in a user's own process.
     exit_when_broken: bool = False
 

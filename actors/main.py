@@ -107,6 +107,60 @@ def follow(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
     raise typer.Exit(remote.follow(url, api_key, job))
 
 
+@app.command()
+def ask(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A finished model (`ft:…`, as `modeseek show JOB` says it), a checkpoint (`ft:…:ckpt-step-N`),"
+            " or a base model such as `playground/moe`.",
+        ),
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask; `-` reads it from stdin.")],
+    completion: Annotated[
+        bool, typer.Option("--completion", help="Continue the text as it is, without the chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="A system message in front.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, max=128, help="Answers to print.")] = 1,
+    best_of: Annotated[
+        int | None, typer.Option(min=1, max=128, help="Answers to write, of which the best `n` are printed.")
+    ] = None,
+    grader: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML or JSON with a grader, as a job has it: the best are those it grades highest."
+        ),
+    ] = None,
+    item: Annotated[
+        str | None, typer.Option(help="JSON object that the grader's templates call `item`.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 = the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this mass.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer. Repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same answer.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the service's answer as it is.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+) -> None:
+    """Ask a model of the service. The first question loads it, which takes a while.
+
+    `modeseek ask playground/moe "sort: d b a c"`
+
+    `modeseek ask ft:… "12 * 13 =" --best-of 16 --grader grader.yaml --item '{"reference": "156"}'`
+    samples 16 answers, grades them and prints the best. Without a grader the likeliest is the best.
+    """
+    from actors.commands.ask import Question
+    from actors.commands.ask import ask as run_ask
+
+    question = Question(
+        model=model, prompt=prompt, completion=completion, system=system, n=n, best_of=best_of, grader=grader,
+        item=item, max_tokens=max_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop or ()), seed=seed,
+    )  # fmt: skip
+    run_ask(url, api_key, question, as_json=json)
+
+
 @app.command("list")
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
@@ -373,6 +427,14 @@ def drive(
     from actors.commands.drive import drive as run_attempt
 
     raise typer.Exit(run_attempt(job, attempt, secret, home))
+
+
+@app.command(hidden=True)
+def answer(secret: Annotated[Path, typer.Option()]) -> None:
+    """An inference engine for one model; started by the service as a Ray job."""
+    from actors.commands.answer import answer as run_engine
+
+    raise typer.Exit(run_engine(secret))
 
 
 @app.command(hidden=True)

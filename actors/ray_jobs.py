@@ -1,4 +1,4 @@
-"""`jobs.launcher.Launcher` over the Ray Jobs API: one Ray job per attempt.
+"""`jobs.launcher.Launcher` over the Ray Jobs API: one Ray job per attempt, one per inference engine.
 
 Ray's word on a job's state is a hint, never the truth: a killed dashboard agent leaves it RUNNING
 for ever. The truth is the lease in our own store. All calls have a time limit of their own, because
@@ -32,7 +32,7 @@ _STATUS: dict[JobStatus, LaunchStatus] = {
 
 
 class RayJobsLauncher:
-    """Starts `modeseek drive` on the cluster. The entry point carries ids and paths of ours only."""
+    """Starts `modeseek drive` and `modeseek answer` on the cluster; entry points carry ids and paths of ours only."""
 
     def __init__(self, dashboard: str, home: Path, *, autoscaling: bool = False) -> None:
         self._dashboard = dashboard
@@ -41,14 +41,20 @@ class RayJobsLauncher:
         self._client: JobSubmissionClient | None = None
 
     async def launch(self, job_id: str, attempt: int, secret_path: Path) -> str:
-        submission_id = f"{job_id}-a{attempt}"
-        entrypoint = shlex.join(
-            [
-                *(sys.executable, "-m", "actors.main", "drive"),
-                *("--job", job_id, "--attempt", str(attempt)),
-                *("--secret", str(secret_path), "--home", str(self._home)),
-            ]
+        arguments = ("--job", job_id, "--attempt", str(attempt), "--secret", str(secret_path))
+        # The driver only waits; its workers hold the CPUs.
+        return await self._submit(
+            f"{job_id}-a{attempt}", "drive", *arguments, "--home", str(self._home), cpus=0, gpus=0
         )
+
+    async def launch_engine(self, engine_id: str, secret_path: Path, *, cpus: float, gpus: float) -> str:
+        """The engine is the entry point itself: Ray starts it where it finds room, and says so until then."""
+        return await self._submit(engine_id, "answer", "--secret", str(secret_path), cpus=cpus, gpus=gpus)
+
+    async def _submit(
+        self, submission_id: str, command: str, *arguments: str, cpus: float, gpus: float
+    ) -> str:
+        entrypoint = shlex.join([sys.executable, "-m", "actors.main", command, *arguments])
         # A duplicate id is answered by an internal error; then the driver is there already: adopt it.
         if await self.status(submission_id) != "unknown":
             return submission_id
@@ -57,8 +63,9 @@ class RayJobsLauncher:
                 lambda client: client.submit_job(
                     entrypoint=entrypoint,
                     submission_id=submission_id,
-                    # The driver only waits; its workers hold the CPUs. Grace before SIGKILL, in seconds.
-                    entrypoint_num_cpus=0,
+                    entrypoint_num_cpus=cpus,
+                    entrypoint_num_gpus=gpus or None,
+                    # Grace before SIGKILL, in seconds.
                     runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "5", "PYTHONUNBUFFERED": "1"}},
                 )
             )

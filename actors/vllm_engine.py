@@ -67,8 +67,7 @@ def build(spec: GeneratorSpec) -> VllmEngine:
             max_num_seqs=spec.max_num_seqs,
             tensor_parallel_size=spec.tensor_parallel,
             trust_remote_code=False,
-            # What was really drawn from: after temperature and top_p. The default is before them.
-            logprobs_mode="processed_logprobs",
+            logprobs_mode=spec.logprobs_mode,
             enable_return_routed_experts=spec.with_routes,
             weight_transfer_config={"backend": register() if spec.transfer == "chunks" else spec.transfer},
             **options,
@@ -102,6 +101,11 @@ class VllmEngine:
         self._spec = spec
         self._scores = 0
         self._layers = layers
+
+    @property
+    def core(self) -> Any:
+        """vLLM's own engine, for requests that each say how they are sampled."""
+        return self._engine
 
     def add(self, request: Request) -> None:
         from vllm import SamplingParams

@@ -13,6 +13,7 @@ from typing import Literal
 from rich.console import Console
 
 from actors import ray_head
+from modeseek_ray.jobs.engine_keeper import EngineKeeper, EngineSettings
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
 from modeseek_ray.jobs.store import Store
@@ -47,6 +48,7 @@ def serve(options: ServeOptions) -> None:
     console = Console(stderr=True, highlight=False)
     configure(options.log_format, logging.WARNING if options.log_format == "text" else logging.INFO)
     parse_networks(options.webhook_networks)
+    engine_settings = EngineSettings.from_environment()
     with only_service(home), listen(options.host, options.port) as listener:
         store = Store(home.store_url)
         check_exposure(store, options.host)
@@ -58,15 +60,17 @@ def serve(options: ServeOptions) -> None:
             # Drivers on other nodes cannot call 0.0.0.0.
             advertised = os.environ.get("MODESEEK_ADVERTISE_URL", url)
             validator = ProcessValidator(home)
+            launcher = RayJobsLauncher(dashboard, home.root, autoscaling=options.autoscaling)
             reconciler = Reconciler(
                 store,
                 home,
-                RayJobsLauncher(dashboard, home.root, autoscaling=options.autoscaling),
+                launcher,
                 validator,
                 url=advertised,
                 settings=ReconcilerSettings(
                     max_running_jobs=options.max_running_jobs, pause_grace_s=options.pause_grace_s
                 ),
+                engines=EngineKeeper(store, home, launcher, url=advertised, settings=engine_settings),
             )
             app = create_app(
                 home,

@@ -1,10 +1,12 @@
-"""The HTTP clients: `Client` for people and the command line, `AttemptClient` for a job's driver.
+"""The HTTP clients: `Client` for people and the command line, `AttemptClient` for a job's driver,
+`EngineClient` for an inference engine.
 
-Both raise `ServiceError` with the code, the sentence and the mend the service sent.
+All raise `ServiceError` with the code, the sentence and the mend the service sent.
 """
 
 from modeseek_ray.client.answers import finite
 from modeseek_ray.client.driver import AttemptClient
+from modeseek_ray.client.engine import EngineClient
 from modeseek_ray.client.user import Client
 
-__all__ = ["AttemptClient", "Client", "finite"]
+__all__ = ["AttemptClient", "Client", "EngineClient", "finite"]

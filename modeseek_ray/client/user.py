@@ -33,6 +33,7 @@ _PASSING = (
     "rate_limited",
     "too_many_open_requests",
 )
+_NOT_YET = ("model_starting", "engines_busy", "engine_full", "engine_lost")
 _RECONNECT_S = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -247,6 +248,33 @@ class Client:
     def report(self, job_id: str) -> str:
         """The job's HTML report."""
         return self._request("GET", f"/v1/fine_tuning/jobs/{job_id}/report").text
+
+    # Answers.
+
+    def ask(
+        self,
+        model: str,
+        question: str | Sequence[Mapping[str, Any]],
+        *,
+        patience_s: float = 600.0,
+        **options: Any,
+    ) -> Json:
+        """An answer object, OpenAI's: of a chat for messages, of a completion for a text.
+
+        `options` are the request's other fields (`n`, `best_of`, `grader`, `item`, `max_tokens`, …). While
+        the model is being loaded it is asked again, for `patience_s` at most.
+        """
+        is_text = isinstance(question, str)
+        path = "/v1/completions" if is_text else "/v1/chat/completions"
+        body = {"model": model, "prompt" if is_text else "messages": question, **options}
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                return self._json("POST", path, json=body, timeout=patience_s)
+            except ServiceError as error:
+                if error.code not in _NOT_YET or time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
 
     # Models and the service itself.
 

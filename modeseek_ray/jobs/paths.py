@@ -63,6 +63,19 @@ class Home:
         return self.root / "cache"
 
     @property
+    def engines(self) -> Path:
+        """Of inference engines: a directory each, with the secret of the living ones."""
+        return self.root / "engines"
+
+    def engine_secret(self, engine_id: str) -> Path:
+        """What an inference engine needs to know: model, url, token. Mode 0600."""
+        return self.engines / _checked(engine_id) / "secret.json"
+
+    def engine_model(self, engine_id: str) -> Path:
+        """A checkpoint written out as a model; goes with its engine."""
+        return self.engines / _checked(engine_id) / "model"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from modeseek_ray.jobs.attendant import Attendant, ReconcilerSettings
+from modeseek_ray.jobs.engine_keeper import EngineKeeper
 from modeseek_ray.jobs.errors import ConflictError, IllegalTransitionError
 from modeseek_ray.jobs.launcher import Capacity, Launcher, ValidationOutcome, Validator
 from modeseek_ray.jobs.paths import Home, write_private
@@ -42,12 +43,17 @@ class Reconciler:
         *,
         url: str,
         settings: ReconcilerSettings | None = None,
+        engines: EngineKeeper | None = None,
     ) -> None:
-        """Without a launcher jobs stay queued, without a validator accepted. Drivers report to `url`."""
+        """Without a launcher jobs stay queued, without a validator accepted. Drivers report to `url`.
+
+        Without `engines` no model is asked.
+        """
         self._store = store
         self._home = home
         self._launcher = launcher
         self._validator = validator
+        self.engines = engines
         self._capacity: Capacity | None = None
         self._capacity_until = 0.0
         self._url = url
@@ -80,6 +86,8 @@ class Reconciler:
                     await asyncio.wait_for(self._woken.wait(), self.settings.pass_every_s)
         finally:
             await self._end_tasks()
+            if self.engines is not None:
+                await self.engines.close()
             await asyncio.to_thread(self._store.drop_lease, "reconciler", self._name)
 
     def wake(self) -> None:
@@ -111,6 +119,8 @@ class Reconciler:
                 self._start_task("watch", job, self._attendant.watch(job))
             elif job.id in begin:
                 await self._guarded(job, self._begin(job, self._attendant))
+        if self.engines is not None:
+            await self.engines.reconcile()
 
     def _startable(self, jobs: list[JobRecord]) -> list[JobRecord]:
         return startable(

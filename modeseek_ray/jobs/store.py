@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from modeseek_ray.jobs.attempt_store import AttemptStore
 from modeseek_ray.jobs.database import Database
 from modeseek_ray.jobs.driver_store import DriverStore
+from modeseek_ray.jobs.engine_store import EngineStore
 from modeseek_ray.jobs.file_store import FileStore
 from modeseek_ray.jobs.job_store import JobStore
 from modeseek_ray.jobs.key_store import KeyStore
@@ -41,6 +42,7 @@ class Store:
         self.keys = KeyStore(self.database)
         self.tenants = TenantStore(self.database)
         self.webhooks = WebhookStore(self.database)
+        self.engines = EngineStore(self.database, lease_s=lease_s, start_lease_s=start_lease_s)
 
     def close(self) -> None:
         self.database.close()

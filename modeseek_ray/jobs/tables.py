@@ -211,6 +211,30 @@ webhook_deliveries = Table(
     Index("webhook_deliveries_due", "next_at"),
 )
 
+# Inference engines: one process that answers for one model. Rows of ended ones stay for a while.
+engines = Table(
+    "engines",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("model", Text, nullable=False),  # as it was asked for
+    Column("model_path", Text, nullable=False),
+    Column("state", String(16), nullable=False),  # wanted, launched, ready, stopping, ended
+    Column("created_at", Float, nullable=False),
+    Column("used_at", Float, nullable=False),  # when an answer was last asked for, to within seconds
+    Column("token_sha256", String(64)),  # of the engine's token; None = not launched yet
+    Column("submission_id", Text),
+    Column("cluster_status", String(16)),  # what the cluster last said about the process
+    Column("address", Text),  # http://host:port, where it answers
+    Column("active", Integer, nullable=False),  # answers it was writing at its last heartbeat
+    Column("heartbeat_at", Float),
+    Column("lease_until", Float, nullable=False),
+    Column("stopping_at", Float),
+    Column("ended_at", Float),
+    Column("outcome", Text),
+    Column("error", JSON),  # why it could not start: code, message, mend, param
+    Index("engines_by_state", "state", "model_path"),
+)
+
 leases = Table(
     "leases",
     metadata,

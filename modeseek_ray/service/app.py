@@ -16,7 +16,9 @@ from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.service import (
+    completions,
     drivers,
+    engines,
     errors,
     events,
     files,
@@ -106,8 +108,10 @@ def create_app(
         logs,
         validations,
         models,
+        completions,
         webhooks,
         drivers,
+        engines,
         operations,
         page,
     ):

@@ -104,7 +104,7 @@ async def run_grader(request: Request, service: ServiceDep, caller: CallerDep) -
         raise RequestError(
             "length_penalty needs the number of tokens.", mend="Add num_tokens beside model_sample."
         )
-    endpoints = [_for_one(endpoint) for endpoint in read_endpoints(service.home.endpoints)]
+    endpoints = [for_one(endpoint) for endpoint in read_endpoints(service.home.endpoints)]
     grader = build_grader(body.grader, endpoints=endpoints)
     started = time.monotonic()
     try:
@@ -125,7 +125,7 @@ def _parts(grader: Any) -> Sequence[Any]:
     return list(grader.graders.values()) if isinstance(grader, Multi) else [grader]
 
 
-def _for_one(endpoint: Endpoint) -> Endpoint:
+def for_one(endpoint: Endpoint) -> Endpoint:
     """Asked once, and not for long."""
     timeout_s = min(endpoint.timeout_s, _TRIAL_TIMEOUT_S)
     return endpoint.model_copy(update={"attempts": 1, "timeout_s": timeout_s})

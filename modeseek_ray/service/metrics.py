@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from modeseek_ray.jobs.engine_store import LIVING
 from modeseek_ray.jobs.records import EventDraft
 from modeseek_ray.jobs.states import TRANSITIONS
 from modeseek_ray.jobs.store import Store
@@ -58,6 +59,28 @@ class Metrics:
             buckets=(0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 300, 1800),
             registry=self._registry,
         )
+
+        self.engine_wait_seconds = Histogram(
+            "modeseek_engine_wait_seconds",
+            "How long a question waited for its model's inference engine to be there.",
+            buckets=(0.01, 0.1, 1, 5, 10, 20, 40, 60, 120, 300),
+            registry=self._registry,
+        )
+        self._answers = Counter(
+            "modeseek_answers", "Answers written by inference engines.", registry=self._registry
+        )
+        self._answer_tokens = Counter(
+            "modeseek_answer_tokens",
+            "Tokens read (prompt) and written (completion) for them.",
+            ("kind",),
+            registry=self._registry,
+        )
+
+    def observe_answers(self, count: int, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count what an inference engine has written for one request."""
+        self._answers.inc(count)
+        self._answer_tokens.labels("prompt").inc(prompt_tokens)
+        self._answer_tokens.labels("completion").inc(completion_tokens)
 
     def observe_events(self, drafts: Sequence[EventDraft], now: float) -> None:
         """Count what a driver has delivered; figures of steps are read from its metrics events."""
@@ -118,6 +141,11 @@ class _StoreCollector(Collector):
             "Webhook events not confirmed yet.",
             value=self._store.webhooks.waiting(),
         )
+        states = self._store.engines.count_by_state()
+        engines = GaugeMetricFamily("modeseek_engines", "Inference engines by state.", labels=("state",))
+        for state in LIVING:
+            engines.add_metric((state,), states.get(state, 0))
+        yield engines
         # Sums, not one figure per job: anybody who reaches this page may read it.
         running = self._store.jobs.in_states("running", "checkpointing")
         speed = sum(job.tokens_per_s or 0.0 for job in running)

@@ -64,6 +64,8 @@ def delete_model(name: str, service: ServiceDep, caller: CallerDep) -> Deleted:
         )
     record = service.store.models.delete(name, caller.tenant_id)
     path = Path(record.path).resolve()
+    service.store.engines.stop_model(str(path))  # nobody can ask it any more
+    service.wake()
     if path.is_relative_to(service.home.job(record.job_id).resolve()):
         shutil.rmtree(path, ignore_errors=True)
     return Deleted(id=name, object="model")

@@ -21,6 +21,7 @@ import pytest
 from fastapi import FastAPI
 
 from modeseek_ray.client import AttemptClient, Client
+from modeseek_ray.jobs.engine_keeper import EngineKeeper
 from modeseek_ray.jobs.launcher import Capacity, LaunchStatus, ValidationOutcome
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
@@ -199,9 +200,14 @@ def write_model(path: Path, **config: Any) -> Path:
 
 @contextmanager
 def serving(
-    directory: Path, *, port: int, store_url: str | None = None, **settings: Any
+    directory: Path,
+    *,
+    port: int,
+    store_url: str | None = None,
+    engines: Callable[[Store, Home, str], EngineKeeper] | None = None,
+    **settings: Any,
 ) -> Iterator[Running]:
-    """A service over `directory` until the block ends."""
+    """A service over `directory` until the block ends. `engines`: who starts inference engines; None = nobody."""
     home = Home(directory / "home")
     home.prepare()
     model = directory / "models" / "base"
@@ -213,7 +219,8 @@ def serving(
         max_running_jobs=4, pass_every_s=0.1, cancel_grace_s=0.5, stop_timeout_s=0.5, status_every_s=0.2
     )
     url = f"http://127.0.0.1:{port}"
-    reconciler = Reconciler(store, home, launcher, validator, url=url, settings=quick)
+    keeper = None if engines is None else engines(store, home, url)
+    reconciler = Reconciler(store, home, launcher, validator, url=url, settings=quick, engines=keeper)
     options = ServiceSettings(**{"roots": (directory / "models", directory / "data"), **settings})
     app = create_app(home, store, reconciler=reconciler, validator=validator, settings=options)
     server = make_server(app, port=port)

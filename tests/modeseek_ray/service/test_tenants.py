@@ -42,6 +42,7 @@ class Case:
 JOB, JOBS = "/v1/fine_tuning/jobs/{job_id}", "/v1/fine_tuning/jobs"
 HOOK = "/v1/webhook_endpoints/{endpoint_id}"
 DRIVER = "/internal/jobs/{job_id}/attempts/{attempt}"
+ENGINE = "/internal/engines/{engine_id}"
 NEW_HOOK = {"name": "x", "url": "https://8.8.8.8/", "event_types": ["fine_tuning.job.failed"]}
 GRADER = {"type": "string_check", "input": "a", "reference": "a", "operation": "eq"}
 
@@ -73,6 +74,10 @@ CASES = {
     ("GET", "/v1/models"): Case("own"),
     ("GET", "/v1/models/{name:path}"): Case("hidden", path="/v1/models/{model}"),
     ("DELETE", "/v1/models/{name:path}"): Case("hidden", path="/v1/models/{model}"),
+    ("POST", "/v1/completions"): Case("hidden", json={"model": "{model}", "prompt": "a"}),
+    ("POST", "/v1/chat/completions"): Case(
+        "hidden", json={"model": "{model}", "messages": [{"role": "user", "content": "a"}]}
+    ),
     ("GET", "/v1/webhook_endpoints"): Case("own"),
     ("POST", "/v1/webhook_endpoints"): Case("own", json=NEW_HOOK),
     ("GET", HOOK): Case("hidden"),
@@ -87,6 +92,10 @@ CASES = {
     ("POST", DRIVER + "/checkpoints"): Case("driver", json={"step": 1, "path": "{root}"}),
     ("POST", DRIVER + "/checkpoints/prune"): Case("driver", json={"path": "{root}"}),
     ("POST", DRIVER + "/transition"): Case("driver", json={"to": "failed"}),
+    ("POST", ENGINE + "/heartbeat"): Case(
+        "driver", json={"address": "http://127.0.0.1:1", "ready": True, "active": 0}
+    ),
+    ("POST", ENGINE + "/left"): Case("driver", json={"outcome": "forged"}),
     ("GET", "/healthz"): Case("open"),
     ("GET", "/readyz"): Case("open"),
     ("GET", "/metrics"): Case("open"),
@@ -100,6 +109,7 @@ CASES = {
 NAMED_IN_REQUESTS = {
     "model": ("POST", JOBS, {"model": "{model}", "training_file": "{own_file}"}),
     "checkpoint": ("POST", JOBS, {"model": "{checkpoint}", "training_file": "{own_file}"}),
+    "asked checkpoint": ("POST", "/v1/completions", {"model": "{checkpoint}", "prompt": "a"}),
     "behavior model": (
         "POST",
         JOBS,
@@ -174,6 +184,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             ]
         running.driver(own_job)
         names = {
+            "engine_id": store.engines.want("base", str(running.model)).id,
             "file_id": body["training_file"],
             "validation_id": check,
             "endpoint_id": hook,
