@@ -14,10 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from actors import attempt as attempt_module
 from actors.attempt import Attempt, AttemptResult, AttemptSpec, Placement
+from actors.commands.preflight import preflight
 from actors.journal import CallbackSink, ResultJournal
 from actors.local import LocalPlacement
 from actors.trackers import trackers_of
 from modeseek_ray.config import parse_config
+from modeseek_ray.data.check import inspect_job
 from modeseek_ray.errors import ConfigError, NumericsError
 from modeseek_ray.reports.results import read_job, read_metrics
 from tests.modeseek_ray.weights.test_weights_watch import SECTION_7
@@ -141,6 +143,39 @@ def test_the_figures_of_section_7_arrive_everywhere(tiny_dense: Path, tmp_path: 
     assert metrics.first("parameter_distance") == 0
     assert metrics.last("parameter_distance") > 0
     assert metrics.last("validation.kl_reverse_nats") > 0
+
+
+def test_first_order_weights_of_a_job(tiny_dense: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    """Token ratios to the start, measured by the trainer: zero before the first step, and told of ever after."""
+    f = {"scheme": "ratio_power", "of": "policy_over_initial", "gamma": 0.3, "length_exponent": 0}
+    _run(_spec(tiny_dense, files, tmp_path, {"likelihood": {**f, "approximation": "first_order"}}))
+    metrics = read_metrics(tmp_path / "results")
+    delta_S = metrics.known("weighting/mean_abs_delta")[1]
+    assert len(delta_S) == STEPS
+    assert delta_S[0] < 1e-5 < delta_S[-1]
+    assert metrics.first("ess_ratio") == 1.0
+    assert metrics.known("ess_ratio")[1].min() < 1.0
+
+
+@pytest.mark.parametrize("has_behavior", [False, True])
+def test_first_order_ratios_to_the_data_need_every_token(
+    tiny_dense: Path, tmp_path: Path, has_behavior: bool
+) -> None:
+    """A sum is enough for the exact ratio, and a model of the data is; neither says what one token was."""
+    f = {"scheme": "ratio_power", "of": "policy_over_data", "gamma": 0.3, "length_exponent": 0}
+    rows = [{"prompt": f"say {j}", "completion": " a", "logprobs": -3.0} for j in range(8)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for approximation in ("exact", "first_order"):
+        weighting = {"likelihood": {**f, "approximation": approximation}}
+        spec = _spec(tiny_dense, {"training_file": path}, tmp_path, weighting)
+        data = inspect_job(spec.config, spec.files, tiny_dense)
+        if approximation == "exact":
+            assert preflight(spec.config, data, tiny_dense, has_behavior=has_behavior).data is data
+            continue
+        with pytest.raises(ConfigError, match="log-probability of every token") as caught:
+            preflight(spec.config, data, tiny_dense, has_behavior=has_behavior)
+        assert caught.value.param == "method.weighted.likelihood.approximation"
 
 
 def test_gamma_zero_is_plain_fine_tuning_bit_for_bit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 
 from actors.sources import probe_groups
 from modeseek_ray.config import Lora, Training
-from modeseek_ray.types import EvalReport, Objective, Sample, StepReport
+from modeseek_ray.types import EvalReport, Evidence, Objective, Sample, StepReport
+from modeseek_ray.weights import Weighting, weigh
 from tests.actors import ranks as inside
 from tests.actors.conftest import random_samples
 from tests.actors.ranks import Start, Trainer, plan_for
@@ -206,6 +208,43 @@ class TestFirstOrder:
         assert report.figures["weighting/std_delta"] == pytest.approx(
             float(everything.std(correction=0)), rel=1e-4
         )
+
+    @pytest.mark.parametrize(
+        ("approximation", "expected"), [("exact", [1.32, 0.75, 1.0]), ("first_order", [1.30, 1.0, 1.0])]
+    )
+    def test_numbers_of_methods_section_4(
+        self, start: Start, samples: list[Sample], approximation: str, expected: list[float]
+    ) -> None:
+        """Token ratios (1.1, 1.2), (1.5, .5) and (1, 1) to a sampler, on two ranks; gamma 1, weights unchanged."""
+        ratios = np.log([[1.1, 1.2], [1.5, 0.5], [1.0, 1.0]])
+        trainer = start(world_size=2, objective=Objective(delta_of="policy_over_data"))
+        two = [dataclasses.replace(s, trained_T=np.arange(s.length) >= s.length - 2) for s in samples[:3]]
+        single = [
+            dataclasses.replace(s, trained_T=np.arange(s.length) == s.length - 2 + k)
+            for s in two
+            for k in (0, 1)
+        ]
+        log_prob_NT = trainer.score(single).reshape(3, 2)
+        drawn = []
+        for sample, log_behavior in zip(two, log_prob_NT - ratios, strict=True):
+            log_behavior_T = np.zeros(sample.length, dtype=np.float32)
+            log_behavior_T[-2:] = log_behavior
+            total = float(log_behavior.sum())
+            drawn.append(dataclasses.replace(sample, log_behavior_T=log_behavior_T, log_behavior=total))
+        begun = asyncio.run(trainer.pool().begin(probe_groups(drawn, lambda block: block)))
+        weighting = Weighting.model_validate(
+            {
+                "likelihood": {
+                    "scheme": "ratio_power",
+                    "of": "policy_over_data",
+                    "gamma": 1.0,
+                    "length_exponent": 0,
+                    "approximation": approximation,
+                },
+                "normalise": False,
+            }
+        )
+        np.testing.assert_allclose(weigh(Evidence.of(begun), weighting).values_N, expected, rtol=1e-4)
 
 
 def _targets(sample: Sample) -> torch.Tensor:

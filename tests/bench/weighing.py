@@ -1,6 +1,6 @@
 """What weighing costs: how it grows, gamma by root finding beside bisection, its share of a training step.
 
-    python -m tests.bench.weighing [--largest 1000000] [--no-step] [--json results.json]
+    python -m tests.bench.weighing [--largest 1000000] [--model DIRECTORY] [--no-step] [--json results.json]
 
 Aims: time grows no faster than n log n (log-log slope at most 1.1); gamma at least 5 times faster than 60
 halvings of the same interval, and equal to 1e-9; a global batch of 4,096 under 1 % of the step that
@@ -28,6 +28,7 @@ from modeseek_ray.weights.solve import largest_feasible, log_conditional_ess
 
 FLOOR, CAP = 0.3, 2.0
 BATCH = 4096
+ROW_LENGTH = 24  # tokens, of the playground's new task
 STEP_SAMPLES = 32  # the step is measured on so many and scaled: its time is proportional to tokens
 
 
@@ -143,7 +144,17 @@ def step_seconds() -> float:
     return min(outcome.cpu_seconds) * BATCH / STEP_SAMPLES
 
 
-def table(seconds: dict[int, float], root: Root, batch_s: float, step_s: float | None) -> Table:
+def step_seconds_of(model: Path) -> float:
+    """The same of a real model, a playground's for one, on rows of `ROW_LENGTH` tokens as its data have them."""
+    from tests.bench.train_step.__main__ import run
+    from tests.bench.train_step.workload import Case
+
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    case = Case(vocabulary=vocabulary, batch_size=256, length=ROW_LENGTH, steps=2, threads=1)
+    return min(run("our_sft", model, case).cpu_seconds) * BATCH / case.batch_size
+
+
+def table(seconds: dict[int, float], root: Root, batch_s: float, steps: dict[str, float]) -> Table:
     shown = Table("what", "seen", "aim", title="Weighing")
     for size, value in seconds.items():
         shown.add_row(f"{size:,} samples", f"{value * 1e3:.2f} ms, {value / size * 1e9:,.0f} ns each", "")
@@ -155,9 +166,9 @@ def table(seconds: dict[int, float], root: Root, batch_s: float, step_s: float |
     )
     shown.add_row("… times faster", f"{root.speed_up:.1f}", "at least 5")
     shown.add_row("… off by", f"{abs(root.found - root.bisected):.1e}", "at most 1e-9")
-    if step_s is not None:
-        seen = f"{batch_s / step_s:.3%}: {batch_s * 1e3:.1f} ms of {step_s:.0f} s"
-        shown.add_row(f"share of a step of {BATCH:,}", seen, "under 1 %")
+    for of, step_s in steps.items():
+        seen = f"{batch_s / step_s:.3%}: {batch_s * 1e3:.1f} ms of {step_s:.1f} s"
+        shown.add_row(f"share of a step of {BATCH:,}, {of}", seen, "under 1 %")
     return shown
 
 
@@ -169,20 +180,23 @@ def main() -> None:
     parser.add_argument(
         "--no-step", action="store_true", help="leave the training step out: seconds, no torch"
     )
+    parser.add_argument("--model", type=Path, help="a model whose training step is measured, too")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
     seconds = scaling([n for n in (10**3, 10**4, 10**5, 10**6) if n <= options.largest])
     batch_s = scaling([BATCH])[BATCH]
     root = gamma_root(options.largest)
-    step_s = None if options.no_step else step_seconds()
-    Console().print(table(seconds, root, batch_s, step_s))
+    steps = {} if options.no_step else {"12 M parameters": step_seconds()}
+    if options.model is not None:
+        steps[options.model.name] = step_seconds_of(options.model)
+    Console().print(table(seconds, root, batch_s, steps))
     if options.json is not None:
         figures = {
             "weigh_seconds": seconds,
             "slope": slope(seconds),
             "gamma": {**asdict(root), "speed_up": root.speed_up},
             "batch_seconds": batch_s,
-            "step_seconds": step_s,
+            "step_seconds": steps,
         }
         options.json.write_text(json.dumps(figures, indent=2))
 
