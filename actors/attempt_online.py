@@ -17,7 +17,7 @@ from actors.pools import TrainerPool
 from actors.rollout_source import RolloutSource
 from actors.rollouts import RolloutStore
 from actors.scorers import ScorerPool
-from actors.weight_sync import VerifiedChannel
+from actors.weight_sync import VerifiedChannel, tokens_to_reach
 from modeseek_ray.config import JobConfig, OnlineMethod
 from modeseek_ray.data.auto import ResolvedTraining, resolve_training
 from modeseek_ray.data.prompts import load_prompts
@@ -65,6 +65,7 @@ class OnlineAttempt(Attempt):
                 generator,
                 [p.token_ids_T for p in prompts[:64]],
                 trainer_dtype=self._config.resources.dtype,
+                sync_tokens=tokens_to_reach(self._model.num_experts),
             )
             driver = await self._driver(plan, source, trainer, probes, reference=reference, channel=channel)
             await self._start(generator, channel)

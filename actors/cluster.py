@@ -36,6 +36,8 @@ Seat = tuple[PlacementGroup, int]  # a bundle that is reserved, and no actor in 
 class RayWorker:
     """A Ray actor behind `call`. Its own errors come back as they were raised."""
 
+    copies_stream = True  # into the object store, between two steps of the generator
+
     def __init__(self, handle: Any, name: str) -> None:
         self._handle = handle
         self._name = name

@@ -47,6 +47,8 @@ def free_port() -> int:
 class LocalWorker:
     """An object in this process behind the same `call` as a Ray actor."""
 
+    copies_stream = False  # things are handed on as they are
+
     def __init__(self, build: Callable[[], Any], name: str) -> None:
         self._build = build
         self._object: Any = None

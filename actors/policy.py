@@ -256,9 +256,10 @@ class Policy:
             write_export(copy, Path(self._spec.model_path), directory)
         self.engine.barrier()
 
-    def weights(self) -> Iterator[WeightChunk | ChunkFacts]:
+    def weights(self, *, copied_at_once: bool) -> Iterator[WeightChunk | ChunkFacts]:
         """All weights as a checkpoint would hold them, from rank 0; see `weights_out`."""
-        return weight_chunks(self.engine, self._module, sends=self._rank == 0)
+        sends = self._rank == 0
+        return weight_chunks(self.engine, self._module, sends=sends, copied_at_once=copied_at_once)
 
     def canary(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float64]]:
         """Log-probability of each token but the first, at temperature one; the same on every rank."""

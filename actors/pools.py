@@ -27,6 +27,9 @@ Deal = Callable[[IntArray, int], Sequence[IntArray]]
 class Worker(Protocol):
     """One worker process (or object). Calls are executed in the order they are made."""
 
+    # Whether what a method yields to `stream` is copied before the method goes on.
+    copies_stream: bool
+
     async def call(self, method: str, *args: Any) -> Any: ...
 
     def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
@@ -216,7 +219,7 @@ class TrainerPool:
         """Handles on the chunks of rank 0's weights, and the facts about them. Await before the next `step`."""
 
         async def stream(rank: Worker) -> tuple[list[Any], ChunkFacts]:
-            handles = [handle async for handle in rank.stream("weights")]
+            handles = [handle async for handle in rank.stream("weights", rank.copies_stream)]
             return handles[:-1], await rank.fetch(handles[-1])
 
         return (await self._together([stream(rank) for rank in self._ranks]))[0]  # type: ignore[no-any-return]

@@ -118,12 +118,13 @@ class TrainerRank:
         """Write a Hugging Face directory (rank 0): safetensors, configuration, tokenizer, chat template."""
         self._ready().export(Path(directory))
 
-    def weights(self) -> Iterator[WeightChunk | ChunkFacts]:
+    def weights(self, copied_at_once: bool = False) -> Iterator[WeightChunk | ChunkFacts]:
         """Rank 0: the weights under checkpoint names, a chunk a layer; at last, on every rank, facts about them.
 
-        LoRA is merged, out of place. Run to the end before the next `step`.
+        LoRA is merged, out of place. Run to the end, and be done with the chunks, before the next `step`: they
+        may be views of the live weights. `copied_at_once`: each is copied before the next is asked for.
         """
-        yield from self._ready().weights()
+        yield from self._ready().weights(copied_at_once=copied_at_once)
 
     def canary(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float64]]:
         """Log-probability of each token but the first, at temperature one, nats: what engines must agree with."""

@@ -1,8 +1,8 @@
 """New weights for a running vLLM, handed over as chunks in memory: a weight-transfer engine of our own.
 
 vLLM's own engines (NCCL, IPC) need CUDA. This one plugs into the same life cycle of theirs: start,
-update for each chunk, finish; layers are rebuilt as soon as all of their weights have come, so that
-one layer at most is held twice.
+update for each chunk, finish. The chunks lie in memory that is shared with the sender; a layer is
+rebuilt as soon as all of its weights were read, so that one layer at most is held twice.
 """
 
 from __future__ import annotations
@@ -55,12 +55,16 @@ class ChunkTransferEngine(WeightTransferEngine[ChunkInitInfo, ChunkUpdateInfo]):
         """Nothing to set up."""
 
     def start_weight_update(self) -> None:
+        self._chunks: list[WeightChunk] = []
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ChunkUpdateInfo) -> None:
-        self.model.load_weights(update_info.chunk.tensors())
+        # Loaded together: each call of `load_weights` walks through all modules of the model several times.
+        self._chunks.append(update_info.chunk)
 
     def finish_weight_update(self) -> None:
+        chunks, self._chunks = self._chunks, []
+        self.model.load_weights(pair for chunk in chunks for pair in chunk.tensors())
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             repack(self.model)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -23,7 +23,11 @@ from actors.weight_chunks import ChunkFacts, WeightRelease
 from modeseek_ray.errors import NumericsError
 
 CANARY_SEQUENCES = 8
-CANARY_TOKENS = 32  # of each, at most: scoring them costs as much as moving the weights
+CANARY_TOKENS = 32  # of each, at most
+# After a sync fewer do, because scoring many costs several times what moving the weights does: every weight
+# of a dense model is asked by any token. They are other ones each time.
+SYNC_TOKENS = 32
+SYNC_LENGTH = 16  # of one sequence: few long ones are cheaper than many short ones
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,11 @@ class NcclTransfer:
 
 
 class VerifiedChannel:
-    """`roles.WeightChannel`. Two halves and a proof: gather, load, compare."""
+    """`roles.WeightChannel`. Two halves and a proof: gather, load, compare.
+
+    The first proof (`verify`) is by the first `CANARY_SEQUENCES` sequences; those after a sync by a few tokens of
+    the others, in turn.
+    """
 
     def __init__(
         self,
@@ -139,9 +147,11 @@ class VerifiedChannel:
         tolerance: Tolerance | None = None,
         in_flight: Literal["drain", "restart"] = "drain",
         transfer: Transfer | None = None,
+        sync_tokens: int = SYNC_TOKENS,
     ) -> None:
         """`canary`: token sequences, at best of the job's own prompts. `trainer_dtype`: None = the engines'.
-        `tolerance`: None = `TOLERANCE` of whichever of both dtypes is coarser.
+        `tolerance`: None = `TOLERANCE` of whichever of both dtypes is coarser. `sync_tokens`: about how many
+        tokens prove a sync (`tokens_to_reach`).
 
         `transfer`: None = through memory, which works everywhere.
 
@@ -151,6 +161,8 @@ class VerifiedChannel:
         self._trainer = trainer
         self._generator = generator
         self._canary = cut_canary(canary, generator.spec.max_length)
+        self._bank = cut_canary(canary, generator.spec.max_length, count=len(canary), num_tokens=SYNC_LENGTH)
+        self._sync_tokens = sync_tokens
         dtypes = {generator.spec.dtype, trainer_dtype or generator.spec.dtype}
         self._tolerance = tolerance or TOLERANCE["bfloat16" if "bfloat16" in dtypes else "float32"]
         self._in_flight = in_flight
@@ -174,12 +186,18 @@ class VerifiedChannel:
             draining.cancel()
             await self._generator.release(self._generator.version)
             raise
+        canary = in_turn(self._bank, version, self._sync_tokens)
+        loading = asyncio.ensure_future(clock.measure("load", self._transfer.load(gathered, version)))
+        # Meanwhile the trainer has nothing else to do.
+        expected = asyncio.ensure_future(self._trainer.canary(canary))
         try:
-            num_bytes = await clock.measure("load", self._transfer.load(gathered, version))
+            num_bytes = await loading
+            figures = await clock.measure("verify", self._compare(canary, expected, version))
         except BaseException as error:
+            expected.cancel()
+            await asyncio.gather(expected, return_exceptions=True)
             await self._generator.refuse(error)
             raise
-        figures = await clock.measure("verify", self._verify(version))
         await self._generator.release(version)
         return {
             **figures,
@@ -191,20 +209,24 @@ class VerifiedChannel:
     async def verify(self) -> Mapping[str, float]:
         """Compare trainer and engines as they are, for instance before the first step."""
         await self._generator.hold()
-        figures = await self._verify(self._generator.version)
-        await self._generator.release(self._generator.version)
-        return figures
-
-    async def _verify(self, version: int) -> Mapping[str, float]:
-        """Both sides' canaries. Raises `NumericsError` with both numbers, and then nothing is written any more."""
+        version = self._generator.version
         try:
-            expected, answers = await asyncio.gather(
-                self._trainer.canary(self._canary), self._generator.score(self._canary)
-            )
-            return compare(expected, answers, self._tolerance, version)
+            figures = await self._compare(self._canary, self._trainer.canary(self._canary), version)
         except BaseException as error:
             await self._generator.refuse(error)
             raise
+        await self._generator.release(version)
+        return figures
+
+    async def _compare(
+        self,
+        canary: Sequence[NDArray[np.int32]],
+        expected: Awaitable[list[NDArray[np.float64]]],
+        version: int,
+    ) -> Mapping[str, float]:
+        """What the trainer says with what every engine says. Raises `NumericsError` with both numbers."""
+        ours, answers = await asyncio.gather(expected, self._generator.score(canary))
+        return compare(ours, answers, self._tolerance, version)
 
 
 def cut_canary(
@@ -220,6 +242,26 @@ def cut_canary(
     if not cut:
         raise ValueError("the canary needs a sequence of two tokens or more")
     return cut[:count]
+
+
+def in_turn(bank: Sequence[NDArray[np.int32]], turn: int, num_tokens: int) -> list[NDArray[np.int32]]:
+    """So many sequences of the bank that they have `num_tokens` (or all of it), each turn the next ones.
+
+    >>> bank = [np.full(3, i, dtype=np.int32) for i in range(4)]
+    >>> [int(s[0]) for s in in_turn(bank, 0, 5)], [int(s[0]) for s in in_turn(bank, 3, 5)]
+    ([0, 1], [2, 3])
+    """
+    count = min(len(bank), -(-num_tokens // max(len(s) for s in bank)))
+    return [bank[(turn * count + i) % len(bank)] for i in range(count)]
+
+
+def tokens_to_reach(num_experts: int) -> int:
+    """Tokens of a canary that asks every expert four times if its router chooses two a token, evenly.
+
+    >>> tokens_to_reach(0), tokens_to_reach(8), tokens_to_reach(64), tokens_to_reach(512)
+    (32, 32, 128, 256)
+    """
+    return min(max(SYNC_TOKENS, 2 * num_experts), CANARY_SEQUENCES * CANARY_TOKENS)
 
 
 def compare(

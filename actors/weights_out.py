@@ -28,17 +28,20 @@ from modeseek_ray.types import Sample
 
 
 def weight_chunks(
-    engine: ZeroEngine, module: ScoringModel, *, sends: bool
+    engine: ZeroEngine, module: ScoringModel, *, sends: bool, copied_at_once: bool = False
 ) -> Iterator[WeightChunk | ChunkFacts]:
     """A chunk a layer, and at last the facts about all of them. Ranks that do not send give the facts alone.
 
-    Await the end before the next optimizer step, which changes what is being read.
+    Await the end before the next optimizer step, which changes what is being read. Chunks are views of the
+    live weights where those outlive the iteration, that is but for ZeRO-3, which takes a gathered layer back
+    as soon as the next is asked for; and there, too, if whoever iterates copies each chunk before that.
     """
+    copy = engine.zero_stage == 3 and not copied_at_once
     checksums, num_bytes, num_weights, seconds = [], 0, 0, 0.0
     started = time.monotonic()
     for weights in checkpoint_layers(engine, module):
         if sends:
-            chunk = WeightChunk.pack(weights)
+            chunk = WeightChunk.pack(weights, copy=copy)
             checksums.append(chunk.checksum)
             num_bytes += chunk.num_bytes
             num_weights += len(chunk.names)
@@ -58,8 +61,10 @@ def checkpoint_layers(engine: ZeroEngine, module: ScoringModel) -> Iterator[list
         parts = [p for slot in slots for p in slot.parameters()]
         with engine.whole(*parts), torch.no_grad():
             merged = {slot.name: slot.merged() for slot in slots}
-            # Experts are one matrix a layer inside the model and one each in a checkpoint.
-            yield list(revert_weight_conversion(causal_lm, merged).items())
+            # Experts are one matrix a layer inside the model and one each in a checkpoint. Where nothing was
+            # converted, transformers would still compile a pattern for every name.
+            converted = getattr(causal_lm, "_weight_conversions", None) != []
+            yield list((revert_weight_conversion(causal_lm, merged) if converted else merged).items())
 
 
 def token_log_probs(

@@ -180,11 +180,11 @@ def test_a_damaged_chunk_is_not_loaded() -> None:
     llm = FakeVllm()
     engine = engine_with(llm)
     (chunk, _) = chunks()
-    data = chunk.data.copy()
+    data = chunk.data[0].copy()
     data[3] ^= 1
     engine.begin_update()
     with pytest.raises(NumericsError, match=chunk.checksum):
-        engine.update(replace(chunk, data=data))
+        engine.update(replace(chunk, data=(data, *chunk.data[1:])))
     with pytest.raises(NumericsError):
         engine.update(replace(chunk, names=("other.weight",)))
     assert llm.loaded == []
@@ -269,6 +269,30 @@ def test_chunks_are_the_tensors_bit_for_bit_and_share_memory() -> None:
     for name, tensor in weights:
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
-    chunk.data[:4] = 0
+    chunk.data[0][:] = 0
     assert found["scalar"] == 0.0  # the same memory, not a copy
-    assert all(offset % 64 == 0 for offset in chunk.offsets)
+    assert weights[0][1] == 3.5
+
+
+def test_a_chunk_that_is_not_copied_notices_that_its_weights_changed() -> None:
+    weight, turned = torch.ones(8, 8), torch.randn(4, 3).t()
+    live, kept = (WeightChunk.pack([("w", weight), ("turned", turned)], copy=copy) for copy in (False, True))
+    assert live.checksum == kept.checksum == live.compute_checksum()
+    weight[3, 3] = 2.0
+    assert dict(live.tensors())["w"][3, 3] == 2.0 and dict(kept.tensors())["w"][3, 3] == 1.0
+    assert live.compute_checksum() != live.checksum and kept.compute_checksum() == kept.checksum
+    assert kept.num_bytes == 4 * (64 + 12)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": ("b", "a")},
+        {"shapes": ((3, 2), (6,))},
+        {"dtypes": ("float32", "int32")},
+        {"data": (np.ones(24, np.uint8), np.zeros(24, np.uint8))},
+    ],
+)
+def test_the_checksum_is_of_everything_a_chunk_says(change: dict[str, Any]) -> None:
+    chunk = WeightChunk.pack([("a", torch.zeros(2, 3)), ("b", torch.zeros(6))])
+    assert replace(chunk, **change).compute_checksum() != chunk.checksum

@@ -17,7 +17,15 @@ from safetensors.torch import load_file
 from actors.generator_pool import GeneratorPool
 from actors.trainer import TrainerRank
 from actors.weight_chunks import ChunkFacts, WeightChunk
-from actors.weight_sync import NcclTransfer, Tolerance, VerifiedChannel, compare, cut_canary
+from actors.weight_sync import (
+    MemoryTransfer,
+    NcclTransfer,
+    Tolerance,
+    VerifiedChannel,
+    compare,
+    cut_canary,
+    in_turn,
+)
 from modeseek_ray.config import Lora, Training
 from modeseek_ray.errors import NumericsError, WorkerError
 from modeseek_ray.types import Objective, Sample
@@ -364,3 +372,50 @@ def test_a_canary_leaves_room_for_the_token_an_engine_wants_to_write() -> None:
     assert [len(s) for s in cut_canary(sequences, max_length=1000, count=2)] == [5, 32]
     with pytest.raises(ValueError, match="two tokens"):
         cut_canary(sequences[:1], max_length=8)
+
+
+def test_each_sync_is_proven_by_other_sequences_until_all_had_their_turn() -> None:
+    bank = [np.full(16, i, dtype=np.int32) for i in range(7)]
+    turns = [[int(s[0]) for s in in_turn(bank, version, 32)] for version in range(1, 8)]
+    assert all(len(turn) == 2 for turn in turns)
+    assert set(itertools.chain(*turns)) == set(range(7))
+    assert all(set(a) != set(b) for a, b in itertools.pairwise(turns))
+    assert [len(in_turn(bank[:1], version, 256)) for version in (1, 2)] == [1, 1]
+
+
+async def test_the_trainer_scores_its_canary_while_the_engines_load() -> None:
+    """Neither waits for the other: each of both is let go by the other's begin."""
+    begun: dict[str, asyncio.Event] = {"load": asyncio.Event(), "canary": asyncio.Event()}
+    fakes = World()
+    pool = await pool_of(fakes, 1)
+
+    class Waiting(FakeOwner):
+        async def canary(self, sequences: Sequence[Any]) -> list[Any]:
+            begun["canary"].set()
+            await asyncio.wait_for(begun["load"].wait(), 5)
+            return await super().canary(sequences)
+
+    class Slow(MemoryTransfer):
+        async def load(self, gathered: Any, version: int) -> int:
+            begun["load"].set()
+            await asyncio.wait_for(begun["canary"].wait(), 5)
+            return await super().load(gathered, version)
+
+    owner = Waiting(log_prob=1.0)
+    channel = VerifiedChannel(owner, pool, CANARY, transfer=Slow(owner, pool))
+    assert (await channel.sync(1))["sync_largest_difference_nats"] == 0.0
+    await pool.close()
+
+
+async def test_a_canary_that_the_trainer_cannot_score_stops_the_engines() -> None:
+    pool = await pool_of(World(), 1)
+
+    class Broken(FakeOwner):
+        async def canary(self, sequences: Sequence[Any]) -> list[Any]:
+            raise WorkerError("trainer rank 0 died.", mend="")
+
+    with pytest.raises(WorkerError, match="rank 0 died"):
+        await VerifiedChannel(Broken(), pool, CANARY).sync(1)
+    with pytest.raises(WorkerError, match="rank 0 died"):
+        await pool.sample(fake_prompts(1), round_=0)
+    await pool.close()

@@ -107,6 +107,8 @@ def rollout() -> list[Line]:
             ratio = found[over]["tokens_per_second"] / found[under]["tokens_per_second"]
             shown = [f"{found[name]['tokens_per_second']:,.0f} tokens/s" for name in (over, under)]
             lines.append(Line("rollout", f"{what}, {kind}", *shown, ratio, ">=", 0.95))
+            by_cpu = found[over]["tokens_per_cpu_second"] / found[under]["tokens_per_cpu_second"]
+            lines.append(Line("rollout", f"the same by CPU time, {kind}", ratio=by_cpu))
     return lines
 
 
@@ -150,6 +152,8 @@ def online(model: str) -> list[Line]:
     shown = [f"{found[name]['samples_per_second']:.2f} samples/s" for name in ("ours", "trl")]
     aim = (">=", 3.0) if model == "40m" else (None, None)
     lines = [Line("online", f"samples/s over TRL GRPO, {where}", *shown, script.speed_up(found), *aim)]  # type: ignore[arg-type]
+    by_cpu = script.speed_up(found, unit="samples_per_cpu_second")
+    lines.append(Line("online", f"the same by CPU time, {where}", ratio=by_cpu))
     for name, how in (("ours", "sync, max_staleness 0"), ("ours_overlapped", "overlapped, max_staleness 1")):
         figures = found[name]
         shown = [f"{figures['samples_per_second']:.2f} samples/s", "of wall time"]

@@ -5,8 +5,8 @@
 Aims: tokens/s through the actor at least .95 of bare vLLM asked for the same (a seed and the
 log-probability of each token); routes on at least .95 of routes off; a sync at most five times the
 time of copying as many bytes. Every contender runs in a process of its own, with the same model,
-prompts and threads; times are medians over repeats, and CPU seconds of the engine's process stand
-beside wall seconds, because other work on the machine disturbs them less.
+prompts and threads; times are medians over repeats (a sync: the fastest), and CPU seconds of the engine's
+process stand beside wall seconds, because other work on the machine disturbs them less.
 """
 
 from __future__ import annotations
@@ -179,13 +179,14 @@ async def sync(case: Case, model: str) -> dict[str, float]:
         await trainer.close()
         await placement.close()
     source = np.ones(int(figures[0]["sync_bytes"]), dtype=np.uint8)
-    target = np.zeros_like(source)
+    target = np.ones_like(source)
     copies = []
     for _ in range(case.repeats):
         started = time.perf_counter()
         np.copyto(target, source)
         copies.append(time.perf_counter() - started)
-    return {**{name: median(f[name] for f in figures) for name in figures[0]}, "copy_seconds": median(copies)}
+    # The fastest of both: what runs beside them can only make them slower.
+    return {**min(figures, key=lambda found: found["sync_seconds"]), "copy_seconds": min(copies)}
 
 
 async def timed(case: Case, write: Callable[[], Awaitable[int]], pid: int) -> dict[str, float]:

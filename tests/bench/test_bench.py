@@ -110,14 +110,14 @@ def test_what_an_online_round_cost_by_hand() -> None:
         }
 
     first = {k: v for k, v in data(9.0, 9.0).items() if not k.startswith("sync")}
-    found = online.summarise(
-        online.Case(), [(100.0, first), (104.0, data(1.0, 0.5)), (110.0, data(3.0, 0.7))]
-    )
+    steps = [(100.0, 0.0, first), (104.0, 5.0, data(1.0, 0.5)), (110.0, 16.0, data(3.0, 0.7))]
+    found = online.summarise([online.Step(*step) for step in steps])
+    assert found["samples_per_cpu_second"] == pytest.approx(0.5)
     assert found["samples_per_second"] == pytest.approx(0.8)
     assert found["tokens_per_second"] == pytest.approx(8.0)
     assert found["mean_tokens"] == 10.0 and found["cut_share"] == 0.25
     assert found["wait_share"] == pytest.approx(0.6)
-    assert found["sync_seconds"] == pytest.approx(0.6)
+    assert found["sync_seconds"] == 0.5  # the fastest
     assert found["copy_seconds"] > 0
 
 
