@@ -9,7 +9,7 @@ PYTHON_VENV := .venv/bin/python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help setup setup-dev demo test test-page check format serve playground bench clean clean-all
+.PHONY: help setup setup-dev demo test test-page check format serve playground bench faults load clean clean-all
 
 help:  ## Explain the targets (this text)
 	@echo "modeseek-ray: weighted fine-tuning of language models as a service on Ray"
@@ -57,6 +57,12 @@ playground: setup  ## Make the small MoE and dense models and their data (5 minu
 
 bench: setup-dev playground  ## Every speed benchmark beside its peer, one table (20 minutes; goes on where it was)
 	@$(PYTHON_VENV) -m tests.bench $(BENCH_ARGS)
+
+faults: setup-dev playground  ## Break everything at every point: kills, stops, full disks; the table of all cells
+	@$(PYTHON_VENV) -m tests.faults
+
+load: setup-dev  ## The service under 464 clients on loopback for ten minutes: latencies, event lag, memory
+	@$(PYTHON_VENV) -m tests.bench.load --seconds 600
 
 clean:  ## Remove caches and build outputs (keeps .venv and MODESEEK_HOME)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

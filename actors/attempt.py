@@ -37,6 +37,7 @@ from modeseek_ray.data.rows import Role
 from modeseek_ray.data.tokenizer import ChatTokenizer
 from modeseek_ray.errors import ConfigError, ModeseekError, NumericsError
 from modeseek_ray.jobs.models import ModelInfo
+from modeseek_ray.jobs.plan import checkpoint_bytes
 from modeseek_ray.objectives.parameters import Mis, Tis, factor_parameters
 from modeseek_ray.reports.results import JobRecord, write_job
 from modeseek_ray.rewards.endpoints import Endpoint
@@ -208,8 +209,13 @@ class Attempt:
         **more: Any,
     ) -> Driver:
         """The loop, with its trainers set up and its history cut at the checkpoint it goes on from."""
+        await self._journal.section("setup", deadline_s=1800)
         await self._journal.message("Trainers are ready.", **await trainer.setup())
-        checkpoints = CheckpointStore(self._spec.directory / "checkpoints", plan.training.keep_checkpoints)
+        checkpoints = CheckpointStore(
+            self._spec.directory / "checkpoints",
+            plan.training.keep_checkpoints,
+            expected_bytes=checkpoint_bytes(self._config, self._model),
+        )
         if self._spec.committed is not FROM_DISK:
             checkpoints.forget_uncommitted(self._spec.committed)
         latest = checkpoints.latest()

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from modeseek_ray.errors import StorageError
+from modeseek_ray.errors import StorageError, cannot_write
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,7 @@ class CheckpointStore:
                 f"a checkpoint needs {needed:,} bytes, {free:,} are free.",
                 file=str(self._root),
                 mend="Free some space, or lower training.keep_checkpoints; the newest checkpoint is untouched.",
+                code="disk_full",
             )
 
     def _remove_leftovers(self, attempt: int) -> None:
@@ -222,8 +223,4 @@ def _damaged(directory: Path, what: str) -> StorageError:
 
 
 def _cannot_write(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"the checkpoint cannot be written: {error.strerror or error}.",
-        file=str(path),
-        mend="Free some space or mend the permissions; earlier checkpoints are untouched.",
-    )
+    return cannot_write("the checkpoint", path, error, kept="earlier checkpoints are")

@@ -23,7 +23,7 @@ from actors.scorers import ScorerPool
 from actors.trainer import TrainerRank
 from actors.vllm_engine import environment as vllm_environment
 from modeseek_ray.data.batching import deal
-from modeseek_ray.errors import ModeseekError, WorkerError
+from modeseek_ray.errors import ModeseekError, StorageError, WorkerError, is_full
 
 if TYPE_CHECKING:
     from actors.trainer import TrainerSpec
@@ -51,6 +51,12 @@ class RayWorker:
         except RayTaskError as error:
             if isinstance(error.cause, ModeseekError):
                 raise error.cause from None
+            if is_full(error.cause):
+                raise StorageError(
+                    f"{self._name} cannot write in {method}: {error.cause}.",
+                    mend="Free some space, then resume the job: it goes on from its last checkpoint.",
+                    code="disk_full",
+                ) from error
             raise WorkerError(
                 f"{self._name} failed in {method}: {error.cause!r}",
                 mend="The full traceback is in the job's log; out-of-memory errors go away with smaller"

@@ -7,35 +7,22 @@ crash is in `DriverState`, which goes into each checkpoint.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from actors.inner import MiniBatch, merge_reports, mini_batches, parts_of
 from actors.roles import Desired, Journal, Scorer, Source, Trainer, WeightChannel
 from actors.rounds import FrozenRounds
+from actors.saving import Checkpoints, Saver
 from modeseek_ray.data.auto import ResolvedTraining, learning_rate_at
 from modeseek_ray.errors import NumericsError
 from modeseek_ray.objectives.deltas import ratio_warnings
 from modeseek_ray.types import EvalReport, Evidence, Group, StepPlan, StepReport, Weights
 from modeseek_ray.weights import Weighting, kl_coefficient, needs, observe, weigh
-
-
-class Checkpoints(Protocol):
-    """Where checkpoints are kept: complete or not at all (`checkpoint.py`)."""
-
-    def begin(self, step: int, attempt: int) -> Path: ...
-
-    def finish(self, directory: Path, controller: Mapping[str, Any]) -> Path: ...
-
-    def latest(self) -> Path | None: ...
-
-    def read_controller(self, directory: Path) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -96,27 +83,39 @@ class Driver:
         self._channel = channel
         self._frozen = frozen
         self._needs_policy = "policy" in needs(plan.weighting)
+        self._saver = Saver(
+            checkpoints, trainer, journal, plan.attempt, background=plan.training.async_checkpoints
+        )
         self._evaluations: Mapping[str, EvalReport] = {}
         self._sync_figures: Mapping[str, float] = {}
         self.state = DriverState()
 
     async def run(self) -> Outcome:
         """Train to the last step, or until the user wants something else."""
+        try:
+            return await self._run()
+        finally:
+            self._saver.drop()
+
+    async def _run(self) -> Outcome:
         await self._prepare()
         if self.state.step == 0:
             await self._evaluate()
+        await self._await_rollout()
         async for groups in self._source:
             desired = await self._journal.desired()
             if desired != "run":
                 return await self._stop(desired)
             await self._train(groups)
+            await self._saver.notice()
             await self._sync()
             if self._due(self._plan.training.evaluate_every):
                 await self._evaluate()
             if self._due(self._plan.training.checkpoint_every):
-                await self._save()
+                await self._save(last=self.state.step >= self._plan.total_steps)
             if self.state.step >= self._plan.total_steps:
                 break
+            await self._await_rollout()
         return Outcome("run", self.state, self._evaluations)
 
     async def _prepare(self) -> None:
@@ -132,6 +131,11 @@ class Driver:
             self._source.restore(self.state.cursor)
             await self._journal.message(f"Resumed from {directory.name} at step {self.state.step}.")
             await self._sync()
+
+    async def _await_rollout(self) -> None:
+        """What comes now is up to the generator, where there is one."""
+        if self._channel is not None:
+            await self._journal.section("rollout", deadline_s=3600)
 
     async def _train(self, groups: list[Group]) -> None:
         """One pass of the method over one global batch."""
@@ -237,19 +241,14 @@ class Driver:
         figures = {"parameter_distance": await self._trainer.distance_from_start()}
         await self._journal.evaluated(self.state.step, self._evaluations, figures)
 
-    async def _save(self) -> None:
-        """Shards first, manifest last, rename, and only then the commit in the store."""
-        await self._journal.section("checkpoint", deadline_s=1800)
-        directory = self._checkpoints.begin(self.state.step, self._plan.attempt)
-        await self._trainer.save(directory)
-        finished = await asyncio.to_thread(self._checkpoints.finish, directory, vars(self.state))
+    async def _save(self, *, last: bool) -> None:
         metrics = {f"{name}.nll": report.nll for name, report in self._evaluations.items()}
-        await self._journal.checkpoint(self.state.step, finished, metrics)
+        await self._saver.save(vars(self.state), metrics, last=last)
 
     async def _stop(self, desired: Desired) -> Outcome:
         """A pause saves first, so that nothing is lost; a cancel just ends."""
         if desired == "pause":
-            await self._save()
+            await self._save(last=True)
         return Outcome(desired, self.state, self._evaluations)
 
 

@@ -257,6 +257,16 @@ class _TensorsOnly(TorchCheckpointEngine):
         super().__init__()
         self.zipfile_serialization = True
 
+    def save(self, state_dict: Any, path: str) -> None:
+        """Raises the `OSError` itself: of a full disk torch says only that a position is unexpected."""
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals(_allowed_classes()):
             return torch.load(path, map_location=map_location, weights_only=True)

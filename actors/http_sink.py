@@ -2,7 +2,8 @@
 
 Events are spooled to disk before they are sent and sent again until acknowledged, numbered per
 attempt, so that the service sees each exactly once and in order. The lease is renewed by the
-heartbeat; a driver that cannot renew it stops itself, because another may have been started.
+heartbeat; a driver that cannot renew it stops itself when it runs out, because another may have been
+started. A spool that cannot be written (a full disk) costs nothing while this process lives.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,10 @@ class LeaseLost(ModeseekError):
 class HttpSink:
     """`journal.Sink` over HTTP. `start` after construction, `close` at the end."""
 
-    def __init__(self, client: AttemptClient, spool: Path) -> None:
+    def __init__(self, client: AttemptClient, spool: Path, *, lease_s: float = LEASE_S) -> None:
+        """`lease_s`: how long the service lets a driver be silent."""
         self._client = client
+        self._lease_s = lease_s
         self._spool = spool.open("a", encoding="utf-8")
         self._pending: deque[dict[str, Any]] = deque()
         self._next_seq = 1
@@ -48,13 +52,18 @@ class HttpSink:
         self._lost = asyncio.Event()
 
     def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._flush_forever()), asyncio.create_task(self._beat_forever())]
+        self._tasks = [
+            asyncio.create_task(work())
+            for work in (self._flush_forever, self._beat_forever, self._watch_lease)
+        ]
 
     def emit(self, event: Mapping[str, Any]) -> None:
         numbered = {"seq": self._next_seq, **event}
         self._next_seq += 1
-        self._spool.write(json.dumps(numbered, allow_nan=False, default=float) + "\n")
-        self._spool.flush()
+        line = json.dumps(numbered, allow_nan=False, default=float) + "\n"
+        with suppress(OSError):
+            self._spool.write(line)
+            self._spool.flush()
         self._pending.append(numbered)
 
     def beat(self, status: Mapping[str, Any]) -> None:
@@ -81,6 +90,10 @@ class HttpSink:
             await self._until_answered(self._client.prune, str(older))
             self._committed.remove(older)
 
+    def know(self, committed: Sequence[Path]) -> None:
+        """Checkpoints that earlier attempts have committed: said to be gone when they are."""
+        self._committed = list(committed)
+
     async def running(self) -> None:
         await self.transition("running")
 
@@ -105,7 +118,8 @@ class HttpSink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._spool.close()
+        with suppress(OSError):
+            self._spool.close()
 
     async def _flush_forever(self) -> None:
         while True:
@@ -123,7 +137,16 @@ class HttpSink:
                 self._renewed = asked
             except ServiceError as error:
                 self._note(error)
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(min(HEARTBEAT_S, self._lease_s / 5))
+
+    async def _watch_lease(self) -> None:
+        """A request may hang longer than the lease lasts; so the clock is watched beside it.
+
+        Counted from when the newest heartbeat was asked, which is before the service counts.
+        """
+        while (left_s := self._renewed + self._lease_s - time.monotonic()) > 0:
+            await asyncio.sleep(left_s)
+        self._lost.set()
 
     async def _until_answered(self, call: Any, *args: Any, **details: Any) -> None:
         """Retry while the service is away; a refusal is final."""
@@ -139,5 +162,5 @@ class HttpSink:
 
     def _note(self, error: ServiceError) -> None:
         """A stale fence is final; silence is final once the lease has run out."""
-        if error.code == "stale_fence" or time.monotonic() - self._renewed > LEASE_S:
+        if error.code == "stale_fence" or time.monotonic() - self._renewed > self._lease_s:
             self._lost.set()

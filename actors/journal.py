@@ -18,6 +18,8 @@ from modeseek_ray.retention import RetentionCourse
 from modeseek_ray.types import EvalReport, Group, StepReport, Weights
 
 PROGRESS_EVERY_S = 5.0
+# What a driver can be at; each has a deadline, and a job that misses it gets a new attempt.
+SECTIONS = ("setup", "score", "rollout", "step", "evaluate", "sync", "checkpoint", "export")
 
 Level = Literal["info", "warn", "error"]
 
@@ -44,9 +46,17 @@ class ResultJournal:
     """`roles.Journal`: metrics CSV, weights Parquet, events, and trackers if there are any."""
 
     def __init__(
-        self, results: Path, sink: Sink, *, attempt: int = 1, trackers: Trackers | None = None
+        self,
+        results: Path,
+        sink: Sink,
+        *,
+        attempt: int = 1,
+        trackers: Trackers | None = None,
+        deadlines_s: Mapping[str, float] | None = None,
     ) -> None:
+        """`deadlines_s`: what the operator wants instead of a section's own deadline, by its name."""
         self._results = results
+        self._deadlines_s = deadlines_s or {}
         self._sink = sink
         self._trackers = trackers or Trackers({})
         self._attempt = attempt
@@ -61,7 +71,7 @@ class ResultJournal:
         self._emit("message", text, data, level)
 
     async def section(self, name: str, *, deadline_s: float) -> None:
-        self._status.update(section=name, deadline_s=deadline_s)
+        self._status.update(section=name, deadline_s=self._deadlines_s.get(name, deadline_s))
         self._sink.beat(dict(self._status))
 
     async def record(

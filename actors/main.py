@@ -64,6 +64,17 @@ def serve(
     pause_grace: Annotated[
         float, typer.Option(min=0, help="Seconds a job has to save and pause; then it is stopped.")
     ] = 300.0,
+    lease: Annotated[
+        float, typer.Option(min=2, help="Seconds a driver may be silent; then its job gets a new attempt.")
+    ] = 60.0,
+    deadline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECTION=SECONDS",
+            help="Longest a job may be at `setup`, `score`, `rollout`, `step`, `evaluate`, `sync`,"
+            " `checkpoint` or `export` without an end; then it gets a new attempt. Repeatable.",
+        ),
+    ] = None,
     requests_per_minute: Annotated[
         int | None, typer.Option(min=1, help="Of one tenant. Default: any number.")
     ] = None,
@@ -82,6 +93,7 @@ def serve(
         max_running_jobs=max_running_jobs, roots=tuple(root or ()), pause_grace_s=pause_grace,
         requests_per_minute=requests_per_minute, webhook_networks=tuple(webhook_network or ()),
         log_format="json" if json_logs else "text", autoscaling=autoscaling,
+        lease_s=lease, deadlines_s=_deadlines(deadline) if deadline else {},
     )  # fmt: skip
     run_service(options)
 
@@ -458,6 +470,22 @@ def main() -> None:
     except ModeseekError as error:
         typer.secho(f"{error.code}: {error}", fg="red", err=True)
         sys.exit(1)
+
+
+def _deadlines(given: list[str]) -> dict[str, float]:
+    """`SECTION=SECONDS` each. Refuses other sections, and what is no positive number."""
+    from actors.journal import SECTIONS
+
+    deadlines_s = {}
+    for text in given:
+        section, _, seconds = text.partition("=")
+        try:
+            deadlines_s[section] = float(seconds)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not SECTION=SECONDS.") from None
+        if section not in SECTIONS or not 0 < deadlines_s[section] < float("inf"):
+            raise typer.BadParameter(f"{text!r}: one of {', '.join(SECTIONS)}, and seconds above 0.")
+    return deadlines_s
 
 
 def _home(directory: Path | None):  # type: ignore[no-untyped-def]

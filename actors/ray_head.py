@@ -82,6 +82,7 @@ def stop(head: RayHead) -> None:
     """End the head and everything under it: a polite signal, then the whole process group."""
     if head.alive():
         _end_family(head)
+    _end_orphans(head)
     shutil.rmtree(head.scratch, ignore_errors=True)
 
 
@@ -96,6 +97,16 @@ def _end_family(head: RayHead) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(family, timeout=5)
+
+
+def _end_orphans(head: RayHead) -> None:
+    """What a head that was killed has left: processes of its session that are no older than it."""
+    for process in psutil.process_iter(["create_time"]):
+        try:
+            if os.getsid(process.pid) == head.pid and process.info["create_time"] >= head.started_at - 1.0:
+                process.kill()
+        except (ProcessLookupError, psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
 
 
 def _start(directory: Path, num_cpus: int, gpus: int | None) -> RayHead:

@@ -40,6 +40,11 @@ class RayJobsLauncher:
         self._home = home
         self._client: JobSubmissionClient | None = None
 
+    def move(self, dashboard: str) -> None:
+        """Ask this API from now on: the old head has died, and what it knew."""
+        self._dashboard = dashboard
+        self._client = None
+
     async def launch(self, job_id: str, attempt: int, secret_path: Path) -> str:
         arguments = ("--job", job_id, "--attempt", str(attempt), "--secret", str(secret_path))
         # The driver only waits; its workers hold the CPUs.

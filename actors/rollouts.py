@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from modeseek_ray.errors import StorageError
+from modeseek_ray.errors import cannot_write
 from modeseek_ray.rewards import Grade
 from modeseek_ray.types import Completion, Prompt
 
@@ -91,10 +91,8 @@ class RolloutStore:
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise StorageError(
-                f"the rollouts of round {round_} cannot be written: {error.strerror or error}.",
-                file=str(path),
-                mend="Free some space or mend the permissions; earlier rounds are untouched.",
+            raise cannot_write(
+                f"rollouts of round {round_}", path, error, kept="earlier rounds are"
             ) from error
 
     def read(self, round_: int, prompts: Sequence[Prompt]) -> list[Rollout] | None:

@@ -7,6 +7,7 @@ line prints it, and the README's table of errors explains each code.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,30 @@ class StorageError(ModeseekError):
     """Disk full, a checkpoint that does not verify, a directory that cannot be written."""
 
     code = "storage"
+
+
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, says that the disk, a quota or a file's limit is used up."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return True
+        if isinstance(error, ModeseekError) and error.code == "disk_full":
+            return True
+        error = error.__cause__
+    return False
+
+
+def cannot_write(what: str, path: object, error: OSError, *, kept: str) -> StorageError:
+    """`what` cannot be written to `path`; `kept` says what is untouched. Code `disk_full` or `storage`."""
+    return StorageError(
+        f"{what} cannot be written: {error.strerror or error}.",
+        file=str(path),
+        mend=f"Free some space or mend the permissions; {kept} untouched.",
+        code="disk_full" if is_full(error) else None,
+    )
 
 
 class ServiceError(ModeseekError):

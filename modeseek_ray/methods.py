@@ -65,6 +65,8 @@ class Training(Strict):
     checkpoint_every: int | Auto = "auto"
     """Steps between checkpoints; "auto" is four times in the job, and at the end."""
     keep_checkpoints: int = Field(2, ge=2, le=100)
+    async_checkpoints: bool = False
+    """Hash, flush and commit a checkpoint while the next steps are trained."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Training:

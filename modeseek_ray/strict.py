@@ -57,7 +57,16 @@ def section(
             raise TypeError(f"{group} {by} {name!r}: parameter {parameter.name!r} needs a type and a default")
         fields[parameter.name] = (_configured(hints[parameter.name]), parameter.default)
     title = "".join(word.capitalize() for word in f"{group}_{name}".split("_"))
-    return create_model(title, __base__=base, __doc__=inspect.getdoc(function), __module__=__name__, **fields)
+    return create_model(
+        title,
+        __base__=base,
+        __doc__=inspect.getdoc(function),
+        __module__=__name__,
+        # There is no class statement to read docstrings from, and looking for one takes a look at every
+        # loaded module: seconds in a process that has torch.
+        __cls_kwargs__={"use_attribute_docstrings": False},
+        **fields,
+    )
 
 
 def _configured(hint: Any) -> Any:

@@ -12,17 +12,18 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from actors.attempt import AttemptResult, AttemptSpec
 from actors.attempts import attempt_of
 from actors.cluster import RayPlacement, connect
-from actors.http_sink import HttpSink, LeaseLost
+from actors.http_sink import LEASE_S, HttpSink, LeaseLost
 from actors.journal import ResultJournal
 from actors.trackers import trackers_of
 from modeseek_ray.client import AttemptClient
-from modeseek_ray.errors import ModeseekError
+from modeseek_ray.errors import ModeseekError, StorageError, is_full
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.spec import JobSpec
 from modeseek_ray.jobs.structured_logs import about, configure
@@ -42,13 +43,15 @@ def drive(job_id: str, attempt: int, secret: Path, home: Path) -> int:
         credentials["url"], job_id, attempt, token=credentials["token"], fence=credentials["fence"]
     )
     with about(job=job_id, attempt=attempt):
-        return asyncio.run(_drive(client, Home(home), job_id, attempt))
+        return asyncio.run(_drive(client, Home(home), job_id, attempt, credentials))
 
 
-async def _drive(client: AttemptClient, home: Home, job_id: str, number: int) -> int:
-    sink = HttpSink(client, home.attempt(job_id, number) / "spool.jsonl")
+async def _drive(client: AttemptClient, home: Home, job_id: str, number: int, told: Mapping[str, Any]) -> int:
+    sink = HttpSink(
+        client, home.attempt(job_id, number) / "spool.jsonl", lease_s=told.get("lease_s", LEASE_S)
+    )
     sink.start()
-    work = asyncio.create_task(_work(client, sink, home, job_id, number))
+    work = asyncio.create_task(_work(client, sink, home, job_id, number, told.get("deadlines_s", {})))
     lost = asyncio.create_task(sink.lost())
     stopped = asyncio.create_task(_stopped(sink))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, work.cancel)
@@ -66,15 +69,21 @@ async def _drive(client: AttemptClient, home: Home, job_id: str, number: int) ->
         log.error("%s", error)
         return 1
     except ModeseekError as error:
-        if error.code == "worker_died":
+        if is_full(error):
+            await sink.transition("paused", error=_wire_error(error))
+        elif error.code == "worker_died":
             # Nothing says that it would die again: the service starts a new attempt, three times if need be.
             sink.emit(_event(f"The attempt ends: {error.message}"))
             await sink.delivered()
             return 1
-        await sink.transition("failed", error=_wire_error(error))
+        else:
+            await sink.transition("failed", error=_wire_error(error))
     except Exception as error:
         log.exception("the attempt failed")
-        await sink.transition("failed", error=_wire_error(_unforeseen(error)))
+        if is_full(error):
+            await sink.transition("paused", error=_wire_error(_full(error)))
+        else:
+            await sink.transition("failed", error=_wire_error(_unforeseen(error)))
     finally:
         lost.cancel()
         stopped.cancel()
@@ -98,11 +107,22 @@ async def _stopped(sink: HttpSink) -> str:
         await asyncio.sleep(0.2)
 
 
-async def _work(client: AttemptClient, sink: HttpSink, home: Home, job_id: str, number: int) -> None:
-    spec = JobSpec.from_json(await client.spec())
+async def _work(
+    client: AttemptClient,
+    sink: HttpSink,
+    home: Home,
+    job_id: str,
+    number: int,
+    deadlines_s: Mapping[str, float],
+) -> None:
+    told = await client.spec()
+    spec = JobSpec.from_json(told)
+    sink.know([Path(path) for path in told["checkpoints"]])
     connect(os.environ.get("RAY_ADDRESS"))
     trackers = trackers_of(spec.config, home.results(job_id), job_id)
-    journal = ResultJournal(home.results(job_id), sink, attempt=number, trackers=trackers)
+    journal = ResultJournal(
+        home.results(job_id), sink, attempt=number, trackers=trackers, deadlines_s=deadlines_s
+    )
     attempt = attempt_of(
         AttemptSpec(
             job_id=job_id,
@@ -149,6 +169,14 @@ def _event(text: str) -> dict[str, Any]:
 
 def _wire_error(error: ModeseekError) -> dict[str, str | None]:
     return {"code": error.code, "message": str(error), "param": error.param}
+
+
+def _full(error: Exception) -> ModeseekError:
+    return StorageError(
+        f"the driver cannot write: {error}.",
+        mend="Free some space, then resume the job: it goes on from its last checkpoint.",
+        code="disk_full",
+    )
 
 
 def _unforeseen(error: Exception) -> ModeseekError:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
-from actors import ray_head
+from actors.head_keeper import HeadKeeper
 from modeseek_ray.jobs.engine_keeper import EngineKeeper, EngineSettings
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
@@ -36,6 +36,8 @@ class ServeOptions:
     max_running_jobs: int
     roots: tuple[Path, ...]
     pause_grace_s: float = 300.0
+    lease_s: float = 60.0
+    deadlines_s: Mapping[str, float] = field(default_factory=dict)
     requests_per_minute: int | None = None
     webhook_networks: tuple[str, ...] = ()
     autoscaling: bool = False
@@ -50,9 +52,9 @@ def serve(options: ServeOptions) -> None:
     parse_networks(options.webhook_networks)
     engine_settings = EngineSettings.from_environment()
     with only_service(home), listen(options.host, options.port) as listener:
-        store = Store(home.store_url)
+        store = Store(home.store_url, lease_s=options.lease_s)
         check_exposure(store, options.host)
-        with _ray(options, home, console) as dashboard:
+        with _ray(options, home, console) as head:
             # Imported here: it takes seconds, and the checks above should answer at once.
             from actors.ray_jobs import RayJobsLauncher
 
@@ -60,7 +62,10 @@ def serve(options: ServeOptions) -> None:
             # Drivers on other nodes cannot call 0.0.0.0.
             advertised = os.environ.get("MODESEEK_ADVERTISE_URL", url)
             validator = ProcessValidator(home)
-            launcher = RayJobsLauncher(dashboard, home.root, autoscaling=options.autoscaling)
+            dashboard = options.ray_address if head is None else head.dashboard
+            launcher = RayJobsLauncher(str(dashboard), home.root, autoscaling=options.autoscaling)
+            if head is not None:
+                head.on_move(launcher.move)
             reconciler = Reconciler(
                 store,
                 home,
@@ -68,7 +73,9 @@ def serve(options: ServeOptions) -> None:
                 validator,
                 url=advertised,
                 settings=ReconcilerSettings(
-                    max_running_jobs=options.max_running_jobs, pause_grace_s=options.pause_grace_s
+                    max_running_jobs=options.max_running_jobs,
+                    pause_grace_s=options.pause_grace_s,
+                    deadlines_s=options.deadlines_s,
                 ),
                 engines=EngineKeeper(store, home, launcher, url=advertised, settings=engine_settings),
             )
@@ -89,18 +96,17 @@ def serve(options: ServeOptions) -> None:
 
 
 @contextmanager
-def _ray(options: ServeOptions, home: Home, console: Console) -> Iterator[str]:
-    """The dashboard's URL. A head that belongs to us is ended with the service; a foreign one is left alone."""
+def _ray(options: ServeOptions, home: Home, console: Console) -> Iterator[HeadKeeper | None]:
+    """A head of our own, which is ended with the service; None where a foreign one is used."""
     if options.ray_address is not None:
-        yield options.ray_address
+        yield None
         return
     console.print("Starting Ray …")
     # Logical CPUs: two cores hold more small workers than that, only slower.
     num_cpus = options.ray_cpus or max(8, os.cpu_count() or 1)
-    head, adopted = ray_head.start_or_adopt(home.root / "ray", num_cpus=num_cpus)
-    console.print(f"Ray {'was running' if adopted else 'is up'} ({num_cpus} logical CPUs).")
-    try:
-        yield head.dashboard
-    finally:
-        console.print("Stopping Ray …")
-        ray_head.stop(head)
+    with HeadKeeper(home.root / "ray", num_cpus) as keeper:
+        console.print(f"Ray {'was running' if keeper.adopted else 'is up'} ({num_cpus} logical CPUs).")
+        try:
+            yield keeper
+        finally:
+            console.print("Stopping Ray …")

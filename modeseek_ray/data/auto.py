@@ -55,6 +55,7 @@ class ResolvedTraining:
     max_grad_norm: float
     max_length: int | None
     truncate: bool
+    async_checkpoints: bool = False
 
 
 def resolve_training(
@@ -101,6 +102,7 @@ def resolve_training(
             evaluate_every=evaluate_every,
             checkpoint_every=checkpoint_every,
             keep_checkpoints=training.keep_checkpoints,
+            async_checkpoints=training.async_checkpoints,
             max_steps=training.max_steps,
             replay_share=training.replay_share,
             aggregation=training.aggregation,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from modeseek_ray.errors import WorkerError
@@ -30,13 +30,15 @@ class ReconcilerSettings:
     max_validations: int = 1
     max_fruitless_attempts: int = 3
     pass_every_s: float = 1.0
-    status_every_s: float = 5.0  # how often the cluster is asked about a driver
+    status_every_s: float = 2.0  # how often the cluster is asked about a driver
     cancel_grace_s: float = 8.0  # for the driver to end by itself
     pause_grace_s: float = 300.0  # for the driver to end its step and save; then what is committed must do
     stop_timeout_s: float = 5.0  # for the cluster to have stopped it; then the fence alone keeps it out
     call_timeout_s: float = 20.0  # of one call of the launcher: they hang while the head is down
     leader_lease_s: float = 15.0
     capacity_every_s: float = 15.0
+    # Of a driver's sections (setup, score, rollout, step, sync, ...); the others keep their own deadlines.
+    deadlines_s: Mapping[str, float] = field(default_factory=dict)
 
 
 class Attendant:

@@ -158,7 +158,11 @@ class DriverStore:
         results: Results | None = None,
         model_name: str | None = None,
     ) -> JobRecord:
-        """Where the driver says its job is now. Repeating the last word is allowed: answers get lost."""
+        """Where the driver says its job is now. Repeating the last word is allowed: answers get lost.
+
+        `paused` with an `error` is the driver's own wish: it cannot go on now, but later (a full disk).
+        The job waits for the user to resume it.
+        """
         if state not in DRIVER_STATES:
             raise IllegalTransitionError(
                 f"a driver cannot put a job in state {state!r}.",
@@ -169,15 +173,23 @@ class DriverStore:
             job = _check(connection, bearer, repeating=state)
             if job.state == state or (job.state in _STOPPING and state in ("running", "checkpointing")):
                 return job  # a driver that has not yet heard that it shall stop may go on to its next step
-            changes: dict[str, Any] = {} if error is None else {"error": dict(error)}
+            changes: dict[str, Any] = {}
+            if error is not None and state == "paused":
+                job = _give_way(connection, job, error, now)
+            elif error is not None:
+                changes["error"] = dict(error)
             if results is not None:
                 changes |= self._store_results(connection, job, results, model_name, now)
             event = EventDraft(
                 _SENTENCES[state]
                 if error is None
                 else f"{_SENTENCES[state]} {error.get('message', '')}".rstrip(),
-                level="error" if state == "failed" else "info",
-                data={"state": state, "attempt": bearer.attempt},
+                level="info" if error is None else "error",
+                data={
+                    "state": state,
+                    "attempt": bearer.attempt,
+                    **({} if error is None else {"error": dict(error)}),
+                },
                 attempt=bearer.attempt,
             )
             job = move_job(connection, job, state, event, now, **changes)
@@ -222,6 +234,16 @@ class DriverStore:
             )
             changes["fine_tuned_model"] = model_name
         return changes
+
+
+def _give_way(connection: Connection, job: JobRecord, error: Mapping[str, Any], now: float) -> JobRecord:
+    """On the way to a pause that nobody has asked for: no attempt follows by itself."""
+    if job.state == "pausing":
+        return job
+    event = EventDraft(
+        f"The job pauses: {error.get('code')}.", level="warn", data={"state": "pausing"}, attempt=job.attempt
+    )
+    return move_job(connection, job, "pausing", event, now, desired="pause")
 
 
 _STOPPING = frozenset({"pausing", "cancelling"})

@@ -17,6 +17,7 @@ from modeseek_ray.jobs.records import (
     CheckpointRecord,
     EventDraft,
     EventRecord,
+    Inheritance,
     JobRecord,
     Page,
     new_id,
@@ -78,6 +79,46 @@ class JobStore:
             if known is None:
                 raise
             return known, False
+        self._database.announce(job_id)
+        return job, True
+
+    def succeed(
+        self, failed: JobRecord, job_id: str, inherited: Inheritance | None
+    ) -> tuple[JobRecord, bool]:
+        """Accept a job that goes on where `failed` ended. Returns it and whether it is new.
+
+        One successor lives at a time: while it does, it is returned again.
+        """
+        with self._database.write() as connection:
+            find_job(connection, failed.id, lock=True)
+            known = connection.execute(
+                select(jobs.c.id).where(jobs.c.resumed_from == failed.id, jobs.c.state.not_in(TERMINAL))
+            ).scalar()
+            if known is not None:
+                return find_job(connection, known), False
+            self._insert(connection, job_id, failed.config, failed.tenant_id, failed.file_ids)
+            step = None if inherited is None else inherited.step
+            values = {"resumed_from": failed.id, "committed_step": step, "step": step or 0}
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
+            if inherited is not None:
+                connection.execute(
+                    insert(checkpoints).values(
+                        id=new_id("ftckpt"),
+                        job_id=job_id,
+                        attempt=0,
+                        step=inherited.step,
+                        path=str(inherited.path),
+                        model=inherited.model,
+                        metrics=dict(inherited.metrics),
+                        created_at=self._database.clock(),
+                    )
+                )
+            event = EventDraft(
+                f"It goes on where {failed.id} ended, at step {step or 0}.",
+                data={"resumed_from": failed.id, "step": step or 0},
+            )
+            append_events(connection, job_id, [event], self._database.clock())
+            job = find_job(connection, job_id)
         self._database.announce(job_id)
         return job, True
 
@@ -204,7 +245,8 @@ class JobStore:
     def resume(self, job_id: str, tenant_id: str | None = None) -> JobRecord:
         """Let a paused job go on from its last checkpoint; it queues again in its old place.
 
-        Raises `IllegalTransitionError` unless it is paused, or waits to be.
+        Raises `IllegalTransitionError` unless it is paused, or waits to be. (A failed job is resumed as a
+        new one: `succeed`.)
         """
         now = self._database.clock()
         with self._database.write() as connection:

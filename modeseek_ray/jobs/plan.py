@@ -274,6 +274,13 @@ def _file_tokens(data: DataReport | None, role: Literal["retention", "validation
     return 0 if report is None else report.trained_tokens
 
 
+def checkpoint_bytes(config: JobConfig, model: ModelInfo) -> int:
+    """What one checkpoint takes, estimated: all parameters and the optimizer's state of all ranks."""
+    trainable = memory.trainable_parameters(model, config.training.lora)
+    whole = memory.optimizer_part(trainable, config.resources, ranks=1)
+    return int(memory.value_bytes(config.resources) * model.num_parameters + whole.num_bytes)
+
+
 def _disk(
     config: JobConfig, model: ModelInfo, trainable: int, training: ResolvedTraining | None
 ) -> list[Part]:
@@ -281,7 +288,7 @@ def _disk(
     b = memory.value_bytes(config.resources)
     copies = config.training.keep_checkpoints + 1
     whole = memory.optimizer_part(trainable, config.resources, ranks=1)
-    checkpoint = b * model.num_parameters + whole.num_bytes
+    checkpoint = checkpoint_bytes(config, model)
     parts = [
         Part("checkpoints", copies * checkpoint, f"{copies} x ({b} P + {whole.formula.split(' /')[0]})"),
         Part("exported model", b * model.num_parameters, f"{b} P"),

@@ -213,6 +213,8 @@ class Reconciler:
             "url": self._url,
             "job": job.id,
             "attempt": job.attempt + 1,
+            "lease_s": self._store.attempts.lease_s,
+            "deadlines_s": dict(self.settings.deadlines_s),
         }
         path = self._home.secret(job.id, job.attempt + 1)
         await asyncio.to_thread(write_private, path, json.dumps(secret))

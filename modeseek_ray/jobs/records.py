@@ -66,6 +66,7 @@ class JobRecord(Record):
     fine_tuned_model: str | None
     result_files: list[str]
     error: dict[str, Any] | None
+    resumed_from: str | None
 
     @property
     def terminal(self) -> bool:
@@ -93,6 +94,16 @@ class AttemptRecord(Record):
     last_sequence: int
     ended_at: float | None
     outcome: str | None
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """The checkpoint that a job starts from because a failed one had committed it."""
+
+    step: int
+    path: Path  # the new job's own
+    metrics: Mapping[str, Any]
+    model: str  # its name
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ jobs = Table(
     Column("fine_tuned_model", Text),
     Column("result_files", JSON, nullable=False),
     Column("error", JSON),
+    Column("resumed_from", String(64)),  # the failed job this one goes on with
     Index("jobs_by_state", "state", "priority", "number"),
     Index("jobs_by_tenant", "tenant_id", "number"),
 )

@@ -29,6 +29,7 @@ from modeseek_ray.reports.rows import ledger_page, steering_of
 from modeseek_ray.service.body import read_json
 from modeseek_ray.service.context import Caller, CallerDep, Service, ServiceDep
 from modeseek_ray.service.errors import ERROR_RESPONSES, RequestError
+from modeseek_ray.service.resumption import resume
 from modeseek_ray.service.submission import accept, check
 from modeseek_ray.service.validations import PREFIX, validation_of
 from modeseek_ray.service.wire import (
@@ -159,11 +160,15 @@ def pause_job(job_id: str, service: ServiceDep, caller: CallerDep) -> JobObject:
 
 
 @router.post("/{job_id}/resume")
-def resume_job(job_id: str, service: ServiceDep, caller: CallerDep) -> JobObject:
-    """Let a paused job go on, exactly where it was."""
-    job = service.store.jobs.resume(job_id, caller.tenant_id)
+async def resume_job(job_id: str, service: ServiceDep, caller: CallerDep) -> JobObject:
+    """Let a paused job go on, exactly where it was.
+
+    A failed job never changes: a new job, which is answered, goes on from its last checkpoint
+    (`resumed_from`). Asked again, the same one is answered while it lives.
+    """
+    job = await run_in_threadpool(resume, service, caller, job_id, await service.capacity())
     service.wake()
-    return _shown(service, job)
+    return await run_in_threadpool(_shown, service, job)
 
 
 @router.get("/{job_id}/checkpoints")

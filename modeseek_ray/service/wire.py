@@ -99,6 +99,7 @@ class JobObject(BaseModel):
     queue_position: int | None
     estimated_start: int | None
     last_checkpoint_step: int | None
+    resumed_from: str | None
 
 
 class EventObject(BaseModel):
@@ -220,6 +221,7 @@ def job_object(job: JobRecord, place: Place | None, now: float) -> JobObject:
         queue_position=None if place is None else place.position,
         estimated_start=None if place is None else int(now + place.starts_in_s),
         last_checkpoint_step=job.committed_step,
+        resumed_from=job.resumed_from,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 
 from actors import http_sink
 from actors.commands import drive
-from modeseek_ray.errors import ServiceError, WorkerError
+from modeseek_ray.errors import ServiceError, StorageError, WorkerError
 from modeseek_ray.jobs.paths import Home
+
+TOLD: dict[str, Any] = {"lease_s": 60.0, "deadlines_s": {}}  # by the secret file
 
 
 class Wish:
@@ -75,13 +78,12 @@ async def test_a_driver_whose_lease_is_lost_ends_its_work_and_says_nothing(
         finally:
             ended.set()
 
-    monkeypatch.setattr(http_sink, "LEASE_S", 0.1)
     monkeypatch.setattr(http_sink, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(drive, "_work", work)
     home = Home(tmp_path)
     home.attempt("ftjob-1", 1).mkdir(parents=True)
     client: Any = Away()
-    assert await asyncio.wait_for(drive._drive(client, home, "ftjob-1", 1), 10) == 1
+    assert await asyncio.wait_for(drive._drive(client, home, "ftjob-1", 1, {**TOLD, "lease_s": 0.1}), 10) == 1
     assert (ended.is_set(), said) == (True, [])
 
 
@@ -108,10 +110,13 @@ class Listening:
     [
         (WorkerError("rank 1 died.", code="worker_died"), 1, []),  # a new attempt may do better
         (WorkerError("rank 1 raised ValueError."), 0, ["failed"]),
+        (OSError(errno.ENOSPC, "No space left on device"), 0, ["paused"]),  # goes on when there is space
+        (StorageError("no room for a checkpoint.", code="disk_full"), 0, ["paused"]),
+        (StorageError("the checkpoint is damaged."), 0, ["failed"]),
     ],
 )
 async def test_a_worker_that_died_ends_the_attempt_and_not_the_job(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: WorkerError, status: int, said: list[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, status: int, said: list[str]
 ) -> None:
     async def work(*_: Any) -> None:
         raise error
@@ -120,7 +125,7 @@ async def test_a_worker_that_died_ends_the_attempt_and_not_the_job(
     home, service = Home(tmp_path), Listening()
     home.attempt("ftjob-1", 1).mkdir(parents=True)
     client: Any = service
-    assert await drive._drive(client, home, "ftjob-1", 1) == status
+    assert await drive._drive(client, home, "ftjob-1", 1, TOLD) == status
     assert service.said == said
     assert bool(service.messages) == (status == 1)
 

@@ -61,8 +61,8 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_sink, "HEARTBEAT_S", 0.01)
 
 
-def _sink(service: FlakyService, tmp_path: Path) -> HttpSink:
-    return HttpSink(service, tmp_path / "spool.jsonl")  # type: ignore[arg-type]
+def _sink(service: FlakyService, tmp_path: Path, **options: float) -> HttpSink:
+    return HttpSink(service, tmp_path / "spool.jsonl", **options)  # type: ignore[arg-type]
 
 
 def _emit(sink: HttpSink, count: int) -> None:
@@ -118,19 +118,14 @@ async def test_a_stale_fence_ends_the_attempt_at_once(tmp_path: Path) -> None:
     await sink.lost()
 
 
-async def test_silence_ends_the_attempt_when_the_lease_has_run_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sink = _sink(FlakyService(failures=10**6), tmp_path)
-    monkeypatch.setattr(http_sink, "LEASE_S", 0.0)
+async def test_silence_ends_the_attempt_when_the_lease_has_run_out(tmp_path: Path) -> None:
+    sink = _sink(FlakyService(failures=10**6), tmp_path, lease_s=0.0)
     _emit(sink, 1)
     with pytest.raises(LeaseLost):
         await sink.transition("running")
 
 
-async def test_a_lease_is_counted_from_the_question_not_from_a_late_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_lease_is_counted_from_the_question_not_from_a_late_answer(tmp_path: Path) -> None:
     """The answer is 0.3 s on its way; after it the lease of 0.2 s is over, and the next silence ends it."""
 
     class Slow(FlakyService):
@@ -143,13 +138,45 @@ async def test_a_lease_is_counted_from_the_question_not_from_a_late_answer(
             await asyncio.sleep(0.3)
             return "run"
 
-    monkeypatch.setattr(http_sink, "LEASE_S", 0.2)
-    sink = _sink(Slow(), tmp_path)
+    sink = _sink(Slow(), tmp_path, lease_s=0.2)
     sink.start()
     started = asyncio.get_running_loop().time()
     await asyncio.wait_for(sink.lost(), 5)
     assert asyncio.get_running_loop().time() - started < 0.45
     await sink.close()
+
+
+async def test_a_driver_stops_when_its_lease_is_over_though_the_service_only_hangs(tmp_path: Path) -> None:
+    """A stopped service refuses nothing and answers nothing: the request is still under way."""
+
+    class Hanging(FlakyService):
+        async def heartbeat(self, progress: Mapping[str, Any]) -> str:
+            await asyncio.sleep(3600)
+            raise AssertionError("never answers")
+
+    sink = _sink(Hanging(), tmp_path, lease_s=0.1)
+    sink.start()
+    await asyncio.wait_for(sink.lost(), 5)
+    await sink.close()
+
+
+async def test_a_spool_on_a_full_disk_loses_no_event(tmp_path: Path) -> None:
+    service = FlakyService()
+    sink = HttpSink(service, Path("/dev/full"))  # type: ignore[arg-type]
+    _emit(sink, 3)
+    await sink.transition("running")
+    assert sorted(service.stored) == [1, 2, 3]
+    await sink.close()
+
+
+async def test_checkpoints_of_earlier_attempts_are_said_to_be_gone_when_they_are(tmp_path: Path) -> None:
+    service = FlakyService()
+    sink = _sink(service, tmp_path)
+    old, new = tmp_path / "step-1.a1", tmp_path / "step-2.a2"
+    new.mkdir()
+    sink.know([old])
+    await sink.checkpoint(2, new, {})
+    assert service.pruned == [str(old)]
 
 
 async def test_what_is_spooled_while_the_service_is_away_arrives_when_it_is_back(

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,8 +43,11 @@ def service(tmp_path_factory: pytest.TempPathFactory, playground_moe: Path) -> I
 class RunningService:
     """`with RunningService(home, root=…) as service:`; interrupted (Ctrl-C) at the end."""
 
-    def __init__(self, home: Path, *, root: Path, port: int | None = None) -> None:
+    def __init__(
+        self, home: Path, *, root: Path, port: int | None = None, options: Sequence[str] = ()
+    ) -> None:
         """A `port` of its own is kept when it is started again: drivers report to it."""
+        self._options = options
         self._home = home
         self._port = port
         self._root = root
@@ -61,6 +64,7 @@ class RunningService:
             [
                 *(sys.executable, "-m", "actors.main", "serve", "--port", str(port)),
                 *("--home", str(self._home), "--root", str(self._root), "--root", str(self._own)),
+                *self._options,
             ],
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -127,3 +127,29 @@ async def test_a_driver_that_dies_while_it_pauses_leaves_a_paused_job(
     launcher.statuses["ftjob-one-1"] = "failed"
     await passes(2)
     assert store.jobs.get("ftjob-one").state == "paused"
+
+
+def test_a_driver_without_space_pauses_its_job_and_the_user_resumes_it(store: Store, helpers: Any) -> None:
+    """Nobody asked for the pause, so nothing starts it again before somebody has made space."""
+    job, bearer = helpers.start(store)
+    store.drivers.transition(bearer, "running")
+    store.drivers.commit_checkpoint(bearer, 4, Path("/c/4"), {}, "ft:c4")
+    error = {"code": "disk_full", "message": "a checkpoint needs 9 bytes, 3 are free.", "param": None}
+    paused = store.drivers.transition(bearer, "paused", error=error)
+    assert (paused.state, paused.desired, paused.error) == ("paused", "pause", None)
+    assert store.drivers.transition(bearer, "paused", error=error).version == paused.version  # said again
+    last = store.jobs.events_page(job.id, limit=1).data[0]
+    assert (last.level, last.data["error"]["code"]) == ("error", "disk_full")
+    assert "9 bytes" in last.message
+    assert store.jobs.resume(job.id).state == "queued"
+    assert store.newest_checkpoints(job.id) == ["/c/4"]
+
+
+def test_a_driver_without_space_while_a_pause_was_asked_for_pauses_once(store: Store, helpers: Any) -> None:
+    job, bearer = helpers.start(store)
+    store.drivers.transition(bearer, "running")
+    store.jobs.pause(job.id)
+    paused = store.drivers.transition(bearer, "paused", error={"code": "disk_full", "message": "no space."})
+    assert paused.state == "paused"
+    states = [e.data.get("state") for e in store.jobs.events_after(job.id, 0)]
+    assert states[-2:] == ["pausing", "paused"] and states.count("pausing") == 1

@@ -1,0 +1,101 @@
+"""Checkpoints sealed beside the next steps: the same ones, one at a time, and no failure passes unnoticed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.checkpoint import CheckpointStore
+from actors.saving import Saver
+from modeseek_ray.errors import StorageError
+
+
+class Parts:
+    """A trainer that writes one file, and a journal that notes what was committed."""
+
+    def __init__(self) -> None:
+        self.committed: list[int] = []
+        self.weights = "start"
+
+    async def save(self, directory: Path) -> None:
+        (directory / "shard").write_text(self.weights)
+
+    async def section(self, name: str, *, deadline_s: float) -> None: ...
+
+    async def checkpoint(self, step: int, directory: Path, metrics: Mapping[str, float]) -> None:
+        self.committed.append(step)
+
+
+class SlowDisk(CheckpointStore):
+    """Seals only when the test lets it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.may_seal = threading.Event()
+
+    def finish(self, directory: Path, controller: Mapping[str, Any]) -> Path:
+        assert self.may_seal.wait(30)
+        return super().finish(directory, controller)
+
+
+def _saver(store: CheckpointStore, parts: Any, *, background: bool) -> Saver:
+    return Saver(store, parts, parts, 1, background=background)
+
+
+async def test_training_goes_on_while_a_checkpoint_is_sealed(tmp_path: Path) -> None:
+    store, parts = SlowDisk(tmp_path), Parts()
+    saver = _saver(store, parts, background=True)
+    state = {"step": 4, "cursor": {"position": 8}}
+    await saver.save(state, {})
+    state["step"], parts.weights = 5, "after step 5"  # the next step
+    state["cursor"]["position"] = 10  # type: ignore[index]
+    await saver.notice()
+    assert (parts.committed, store.latest()) == ([], None)
+    store.may_seal.set()
+    await saver.settle()
+    path = store.latest()
+    assert path is not None and parts.committed == [4]
+    assert store.read_controller(path) == {"step": 4, "cursor": {"position": 8}}
+    assert (path / "shard").read_text() == "start"
+
+
+async def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:
+    store, parts = SlowDisk(tmp_path), Parts()
+    saver = _saver(store, parts, background=True)
+    await saver.save({"step": 4}, {})
+    second = asyncio.create_task(saver.save({"step": 8}, {}, last=True))
+    await asyncio.sleep(0.05)
+    assert not (tmp_path / "step-8.a1.tmp").exists()
+    store.may_seal.set()
+    await second  # the last one is committed when it returns
+    assert parts.committed == [4, 8]
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_a_checkpoint_that_could_not_be_sealed_stops_the_attempt(
+    tmp_path: Path, background: bool
+) -> None:
+    class Full(CheckpointStore):
+        def finish(self, directory: Path, controller: Mapping[str, Any]) -> Path:
+            raise StorageError("no space.", code="disk_full")
+
+    saver = _saver(Full(tmp_path), Parts(), background=background)
+    if not background:
+        with pytest.raises(StorageError):
+            await saver.save({"step": 4}, {})
+        return
+    await saver.save({"step": 4}, {})
+    await asyncio.sleep(0.2)
+    with pytest.raises(StorageError):
+        await saver.notice()
+
+
+async def test_in_the_foreground_a_checkpoint_is_committed_on_return(tmp_path: Path) -> None:
+    parts = Parts()
+    await _saver(CheckpointStore(tmp_path), parts, background=False).save({"step": 4}, {})
+    assert parts.committed == [4]
