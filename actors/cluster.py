@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.generator import GeneratorEngine, GeneratorSpec
 from actors.generator_pool import GeneratorPool
+from actors.nodes import Shared, look, refuse_blind
 from actors.pools import TrainerPool
 from actors.reference import ReferenceModel, ScoringSpec
 from actors.reward_model import ClassifierPool, RewardModel, RewardModelSpec
@@ -29,7 +36,10 @@ if TYPE_CHECKING:
     from actors.trainer import TrainerSpec
     from modeseek_ray.config import Resources
 
+log = logging.getLogger(__name__)
+
 PLACEMENT_DEADLINE_S = 300.0
+NODE_DEADLINE_S = 60.0  # to say what it sees, its first worker process included
 Seat = tuple[PlacementGroup, int]  # a bundle that is reserved, and no actor in it
 
 
@@ -134,6 +144,7 @@ class RayPlacement:
             await self.reserve(trainers=count)
         seats, self._trainer_seats = self._trainer_seats[:count], self._trainer_seats[count:]
         remote_rank = ray.remote(TrainerRank)
+        nodes = _nodes_of(seats)
         address, port = await asyncio.wait_for(
             ray.remote(free_address).options(num_cpus=0, scheduling_strategy=_in(seats[0])).remote(),
             PLACEMENT_DEADLINE_S,
@@ -149,7 +160,7 @@ class RayPlacement:
                     max_task_retries=0,
                     runtime_env={"env_vars": worker_environment(self._resources)},
                 ).remote(spec, rank, count, address, port),
-                f"trainer rank {rank}",
+                f"trainer rank {rank} on {nodes[rank]}",
             )
             for rank in range(count)
         ]
@@ -233,7 +244,7 @@ class RayPlacement:
         self._generator_seats, self._classifier_seats = [], []
 
     async def _reserve(self, bundles: Sequence[dict[str, float]]) -> PlacementGroup:
-        group = placement_group(list(bundles), strategy="PACK")
+        group = placement_group(list(bundles), strategy=self._resources.placement.upper())
         self._groups.append(group)
         try:
             await asyncio.wait_for(group.ready(), PLACEMENT_DEADLINE_S)
@@ -246,6 +257,51 @@ class RayPlacement:
                 code="no_resources",
             ) from None
         return group
+
+
+async def check_nodes(shared: Shared) -> None:
+    """Ask every node that could be given a worker what it sees. Raises `StorageError` naming those that are blind.
+
+    A node that does not answer is left to Ray, which finds out by itself whether it is lost.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    if len(nodes) < 2 and any(node["NodeID"] == ray.get_runtime_context().get_node_id() for node in nodes):
+        return
+    remote_look = ray.remote(look)
+
+    async def ask(node_id: str) -> str | None:
+        task = remote_look.options(
+            num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+        ).remote(shared)
+        try:
+            answer: str | None = await asyncio.wait_for(_result(task), NODE_DEADLINE_S)
+        except (TimeoutError, RayError) as error:
+            log.warning("node %s did not say what it sees: %r", node_id, error)
+            return None
+        return answer
+
+    answers = await asyncio.gather(*(ask(node["NodeID"]) for node in nodes))
+    refuse_blind(dict(zip(_names(nodes), answers, strict=True)))
+
+
+async def _result(reference: Any) -> Any:
+    return await reference
+
+
+def _names(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Addresses; where several nodes share one, with the beginning of their ids."""
+    addresses = [node["NodeManagerAddress"] for node in nodes]
+    return [
+        address if addresses.count(address) == 1 else f"{address} ({node['NodeID'][:8]})"
+        for node, address in zip(nodes, addresses, strict=True)
+    ]
+
+
+def _nodes_of(seats: Sequence[Seat]) -> list[str]:
+    """The address of each seat's node."""
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    tables = {group.id: placement_group_table(group)["bundles_to_node_id"] for group, _ in seats}
+    return [addresses.get(tables[group.id].get(index), "a lost node") for group, index in seats]
 
 
 def worker_environment(resources: Resources) -> dict[str, str]:

@@ -176,13 +176,14 @@ def ask(
 @app.command("list")
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20,
+    ids: Annotated[bool, typer.Option("--ids", help="Ids alone, one a line: for scripts.")] = False,
     url: Url = DEFAULT_URL,
     api_key: Key = None,
 ) -> None:
     """List jobs, newest first."""
     from actors.commands import remote
 
-    remote.list_jobs(url, api_key, limit)
+    remote.list_jobs(url, api_key, limit, ids_only=ids)
 
 
 @app.command()
@@ -243,6 +244,22 @@ def check(
         list[str] | None, typer.Option(help="A preset to look at beside the job's own weighting. Repeatable.")
     ] = None,
     rows: Annotated[int, typer.Option(min=0, help="Most rows to score; 0 = all.")] = 2000,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Also estimate times: step by part, sync, the best division of GPUs."),
+    ] = False,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the plan: `cpu` (measured here), `a100`, `h100`, `h200` or `b200`. Implies --plan."
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="GPUs to divide between trainers and engines. Default: as many as the job asks for."
+        ),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the outlook as a page with plots.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     home: HomeDir = None,
@@ -255,8 +272,9 @@ def check(
     from actors.commands.check import check as run_check
 
     options = LookOptions(
-        score=score or bool(preset) or html is not None, presets=tuple(preset or ()), rows=rows, html=html
-    )
+        score=score or bool(preset) or html is not None, presets=tuple(preset or ()), rows=rows, html=html,
+        plan=plan or hardware is not None or gpus is not None, hardware=hardware, gpus=gpus,
+    )  # fmt: skip
     raise typer.Exit(run_check(job, _home(home), options, as_json=json))
 
 
@@ -309,7 +327,7 @@ def playground(
     """Build a small real model and its data on this machine (some minutes, cached)."""
     from modeseek_ray.playground.build import build
 
-    typer.echo(build(name, _home(home).root, seed=seed))
+    typer.echo(build(name, _home(home).storage, seed=seed))
 
 
 @app.command()
@@ -491,7 +509,7 @@ def _deadlines(given: list[str]) -> dict[str, float]:
 def _home(directory: Path | None):  # type: ignore[no-untyped-def]
     from modeseek_ray.jobs.paths import Home
 
-    return Home(directory.expanduser().resolve()) if directory else Home.from_environment()
+    return Home.at(directory) if directory else Home.from_environment()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.messages import Picks, RankBeginning, RankEvaluation, RankReport
+from actors.network import interface_towards
 from modeseek_ray.config import Resources, Training
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.types import FloatArray, Objective, Sample, StepPlan
@@ -176,6 +177,9 @@ class TrainerRank:
             WORLD_SIZE=str(self._world_size),
             LOCAL_RANK="0",
         )
+        interface = interface_towards(self._master[0])
+        if interface is not None:  # an operator's own choice stands
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(resources.cpus_per_worker))))
 
 

@@ -83,6 +83,9 @@ class Resources(Strict):
     """Most samples a rank computes at once; None = as many as fit micro_batch_tokens."""
     keep_graph: Literal["auto", "always", "never"] = "auto"
     """Reuse the scoring pass's graph for the step; "auto" does where that is exact: ZeRO <= 2, or one micro-batch."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Over the nodes of the cluster: workers on as few as possible, or on as many. Scorers of a data set, which
+    say nothing to each other, are always spread."""
     cpus_per_worker: float = Field(1.0, gt=0, le=1024)
     """CPU cores of each trainer and scorer; also their torch threads, rounded down, at least one."""
     gpus_per_worker: float = Field(0.0, ge=0, le=1)

@@ -47,20 +47,23 @@ class Check:
     mend: str = ""
 
 
-def collect(home: Path, url: str) -> list[Check]:
-    """Look at everything a job needs. `home` is MODESEEK_HOME, `url` where the service is or would be."""
+def collect(home: Path, url: str, storage: Path | None = None) -> list[Check]:
+    """Look at everything a job needs. `home` is MODESEEK_HOME, `storage` MODESEEK_STORAGE where it is another
+    directory, `url` where the service is or would be."""
     service, clock = check_service(url)
+    storage = storage or home
     return [
         check_python(),
         check_packages(REQUIREMENTS),
         check_home(home),
-        check_disk(home),
+        *([] if storage == home else [check_home(storage, "storage")]),
+        check_disk(storage),
         check_memory(),
         check_gpu(),
         service,
         clock,
         check_ray(home),
-        check_playground(home),
+        check_playground(storage),
     ]
 
 
@@ -113,7 +116,7 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def check_home(home: Path) -> Check:
+def check_home(home: Path, name: str = "home") -> Check:
     """Written to for real: permissions alone do not tell of read-only mounts and full quotas."""
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -121,9 +124,9 @@ def check_home(home: Path) -> Check:
             file.write(b"modeseek")
             file.flush()
     except OSError as error:
-        mend = "Point MODESEEK_HOME at a directory you may write to."
-        return Check("home", False, f"{home}: {error.strerror}", mend)
-    return Check("home", True, f"{home} is writable")
+        mend = f"Point MODESEEK_{name.upper()} at a directory you may write to."
+        return Check(name, False, f"{home}: {error.strerror}", mend)
+    return Check(name, True, f"{home} is writable")
 
 
 def check_disk(home: Path) -> Check:

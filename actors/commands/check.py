@@ -15,11 +15,17 @@ from rich.syntax import Syntax
 from actors.cli import checks
 from actors.cli import doctor as examination
 from actors.cli.outlook import show_look
+from actors.cli.scale import show_scale
 from actors.commands.outlook import Look, look, write_look
 from actors.commands.preflight import files_of, local_model, preflight
 from modeseek_ray.config import JobConfig, read_config
 from modeseek_ray.data.check import inspect_job
+from modeseek_ray.data.report import DataReport
+from modeseek_ray.errors import ConfigError
+from modeseek_ray.jobs.hardware import PUBLISHED, hardware_of
+from modeseek_ray.jobs.models import ModelInfo
 from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.scale import Scale, scale
 from modeseek_ray.weights import PRESETS, preset_fields
 
 
@@ -31,6 +37,9 @@ class LookOptions:
     presets: tuple[str, ...] = ()  # beside the job's own weighting; none = outlook.SHOWN_BESIDE
     rows: int = 2000  # at most; 0 = all
     html: Path | None = None
+    plan: bool = False  # also how long it takes, on `hardware`
+    hardware: str | None = None  # None: this machine's cores, or an H100 where the job asks for GPUs
+    gpus: int | None = None  # to divide between trainers and engines; None = as the job has it
 
 
 def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = False) -> int:
@@ -44,9 +53,15 @@ def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = F
     console.print(checks.show_data(data.to_dict()))
     found = preflight(config, data, model, has_behavior=behavior is not None)
     console.print(checks.show_plan(found.plan))
+    scaled = None
+    if options.plan:
+        scaled = _scale(config, model, data, options)
+        console.print(show_scale(scaled))
     for warning in found.warnings:
         console.print(f"warning: {warning.param or ''}: {warning.message}", style="yellow", highlight=False)
     answer = found.to_dict()
+    if scaled is not None:
+        answer["scale"] = scaled.to_dict()
     if options.score:
         seen = _look(config, files["training_file"], model, home, behavior, options, console)
         answer["outlook"] = seen.to_dict()
@@ -57,6 +72,21 @@ def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = F
         json.dump(answer, sys.stdout, allow_nan=False, ensure_ascii=False, indent=1)
         sys.stdout.write("\n")
     return 0
+
+
+def _scale(config: JobConfig, model: Path, data: DataReport, options: LookOptions) -> Scale:
+    resources = config.resources
+    name = options.hardware or ("h100" if resources.gpus_per_worker else "cpu")
+    if name == "cpu" and resources.gpus_per_worker:
+        raise ConfigError(
+            "the job asks for GPUs.",
+            param="--hardware",
+            mend=f"Choose one of: {', '.join(PUBLISHED)}; or set resources.gpus_per_worker to 0.",
+        )
+    hardware = hardware_of(name, threads=max(1, int(resources.cpus_per_worker)))
+    engines = resources.generators * resources.tensor_parallel
+    gpus = options.gpus or (resources.trainers + engines if resources.gpus_per_worker else None)
+    return scale(config, ModelInfo.read(model), hardware, data, total_gpus=gpus)
 
 
 def _look(
@@ -86,7 +116,7 @@ def _look(
 
 def doctor(home: Home, url: str) -> int:
     """Print the examination. Exit code 1 if something needs mending."""
-    found = examination.collect(home.root, url)
+    found = examination.collect(home.root, url, home.storage)
     Console().print(examination.show(found))
     return 0 if all(c.ok for c in found) else 1
 

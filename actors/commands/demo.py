@@ -79,7 +79,7 @@ def demo(home: Home, *, keep: bool) -> int:
 
     console = Console()
     console.rule("1. A small real model, made on this machine")
-    console.print(f"{MODEL}: {build('moe', home.root)}", highlight=False)
+    console.print(f"{MODEL}: {build('moe', home.storage)}", highlight=False)
     with _service(home, console, keep=keep) as url, Client(url) as client:
         console.rule("3. Three jobs over HTTP: plain SFT, a weighted one with the same budget, an online one")
         ids = {name: _submit(client, home, name, console) for name in JOBS}
@@ -101,7 +101,7 @@ def demo(home: Home, *, keep: bool) -> int:
 
 def job(name: str, home: Home) -> JobConfig:
     """One of the demo's jobs, with its files as paths."""
-    files = data_files(home.root)
+    files = data_files(home.storage)
     training, validation = ("new-task.prompts", "new-task.prompts-valid")
     if name in OFFLINE:
         training, validation = ("new-task.train", "new-task.valid")

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Any
 
 from actors.attempt import AttemptResult, AttemptSpec
 from actors.attempts import attempt_of
-from actors.cluster import RayPlacement, connect
+from actors.cluster import RayPlacement, check_nodes, connect
+from actors.fetching import fetch_missing
 from actors.http_sink import LEASE_S, HttpSink, LeaseLost
 from actors.journal import ResultJournal
+from actors.nodes import marked
 from actors.trackers import trackers_of
 from modeseek_ray.client import AttemptClient
 from modeseek_ray.errors import ModeseekError, StorageError, is_full
@@ -38,12 +41,26 @@ BEFORE_THE_LOOP = ("score", "setup")  # sections of `Attempt` and `Driver` in wh
 def drive(job_id: str, attempt: int, secret: Path, home: Path) -> int:
     """Run the attempt. The exit code says whether it ended in a state the service knows of."""
     configure("text")
-    credentials = json.loads(secret.read_text(encoding="utf-8"))
+    credentials = _credentials(secret)
     client = AttemptClient(
         credentials["url"], job_id, attempt, token=credentials["token"], fence=credentials["fence"]
     )
     with about(job=job_id, attempt=attempt):
         return asyncio.run(_drive(client, Home(home), job_id, attempt, credentials))
+
+
+def _credentials(secret: Path) -> dict[str, Any]:
+    """Raises `StorageError` on a node that does not see the storage: without them the service cannot be told."""
+    try:
+        found: dict[str, Any] = json.loads(secret.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(
+            f"the node {socket.gethostname()}, on which drivers start, cannot read it ({error.strerror}).",
+            file=str(secret),
+            mend="Every node must see MODESEEK_STORAGE (or MODESEEK_HOME) at the same path, as the same user.",
+            code="storage_not_shared",
+        ) from None
+    return found
 
 
 async def _drive(client: AttemptClient, home: Home, job_id: str, number: int, told: Mapping[str, Any]) -> int:
@@ -119,6 +136,9 @@ async def _work(
     spec = JobSpec.from_json(told)
     sink.know([Path(path) for path in told["checkpoints"]])
     connect(os.environ.get("RAY_ADDRESS"))
+    with marked(home.job(job_id), _models(spec)) as shared:
+        await check_nodes(shared)
+    files = await fetch_missing(client, spec.files, home.attempt(job_id, number) / "files")
     trackers = trackers_of(spec.config, home.results(job_id), job_id)
     journal = ResultJournal(
         home.results(job_id), sink, attempt=number, trackers=trackers, deadlines_s=deadlines_s
@@ -128,7 +148,7 @@ async def _work(
             job_id=job_id,
             attempt=number,
             config=spec.config,
-            files=spec.files,
+            files=files,
             model_path=spec.model_path,
             behavior_model_path=spec.behavior_model_path,
             judges=spec.judges,
@@ -142,6 +162,10 @@ async def _work(
     )
     result = await attempt.run()
     await _conclude(sink, result)
+
+
+def _models(spec: JobSpec) -> list[Path]:
+    return [p for p in (spec.model_path, spec.behavior_model_path, *spec.judges.values()) if p is not None]
 
 
 async def _conclude(sink: HttpSink, result: AttemptResult) -> None:

@@ -27,9 +27,13 @@ def follow(url: str, api_key: str | None, job_id: str) -> int:
     return _follow(url, api_key, job_id)
 
 
-def list_jobs(url: str, api_key: str | None, limit: int) -> None:
+def list_jobs(url: str, api_key: str | None, limit: int, *, ids_only: bool = False) -> None:
     with Client(url, api_key) as client:
-        Console().print(job_list(client.jobs(limit)))
+        jobs = client.jobs(limit)
+    if ids_only:
+        print("\n".join(job["id"] for job in jobs))
+    else:
+        Console().print(job_list(jobs))
 
 
 def show(url: str, api_key: str | None, job_id: str) -> None:

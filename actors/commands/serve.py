@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
 from actors.head_keeper import HeadKeeper
+from actors.network import url_for_drivers
 from modeseek_ray.jobs.engine_keeper import EngineKeeper, EngineSettings
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
@@ -46,11 +48,15 @@ class ServeOptions:
 
 def serve(options: ServeOptions) -> None:
     """Serve until interrupted. A port or a home in use, or missing keys, are said before Ray is started."""
-    home = Home(options.home)
+    home = Home.at(options.home)
     console = Console(stderr=True, highlight=False)
     configure(options.log_format, logging.WARNING if options.log_format == "text" else logging.INFO)
     parse_networks(options.webhook_networks)
     engine_settings = EngineSettings.from_environment()
+    cluster = None if options.ray_address is None else urlsplit(options.ray_address).hostname
+    advertised = url_for_drivers(
+        options.host, options.port, cluster, os.environ.get("MODESEEK_ADVERTISE_URL")
+    )
     with only_service(home), listen(options.host, options.port) as listener:
         store = Store(home.store_url, lease_s=options.lease_s)
         check_exposure(store, options.host)
@@ -59,11 +65,9 @@ def serve(options: ServeOptions) -> None:
             from actors.ray_jobs import RayJobsLauncher
 
             url = f"http://{options.host}:{options.port}"
-            # Drivers on other nodes cannot call 0.0.0.0.
-            advertised = os.environ.get("MODESEEK_ADVERTISE_URL", url)
             validator = ProcessValidator(home)
             dashboard = options.ray_address if head is None else head.dashboard
-            launcher = RayJobsLauncher(str(dashboard), home.root, autoscaling=options.autoscaling)
+            launcher = RayJobsLauncher(str(dashboard), home.storage, autoscaling=options.autoscaling)
             if head is not None:
                 head.on_move(launcher.move)
             reconciler = Reconciler(

@@ -16,6 +16,7 @@ from actors.cli.follow import Follower
 from actors.commands.preflight import files_of, local_judges, local_model, preflight
 from actors.journal import CallbackSink, ResultJournal
 from actors.local import LocalPlacement
+from actors.nodes import marked
 from actors.trackers import trackers_of
 from modeseek_ray.config import read_config
 from modeseek_ray.data.check import inspect_job
@@ -74,13 +75,16 @@ def run(spec: AttemptSpec, on_event: OnEvent, *, local: bool) -> AttemptResult:
 
 async def _run(spec: AttemptSpec, sink: CallbackSink, journal: ResultJournal, local: bool) -> AttemptResult:
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, sink.interrupt)
-    return await attempt_of(spec, _placement(spec, local), journal).run()
+    return await attempt_of(spec, await _placement(spec, local), journal).run()
 
 
-def _placement(spec: AttemptSpec, local: bool) -> Placement:
+async def _placement(spec: AttemptSpec, local: bool) -> Placement:
     if local:
         return LocalPlacement()
-    from actors.cluster import RayPlacement, connect
+    from actors.cluster import RayPlacement, check_nodes, connect
 
     connect()
+    models = [path for path in (spec.model_path, spec.behavior_model_path) if path is not None]
+    with marked(spec.directory, models) as shared:
+        await check_nodes(shared)
     return RayPlacement(spec.config.resources)

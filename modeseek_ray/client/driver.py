@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -56,6 +57,22 @@ class AttemptClient:
     ) -> Json:
         """Move the job on. May be repeated when the answer was lost."""
         return await self._call("POST", "/transition", {"to": to, "error": error, "results": results})
+
+    async def fetch(self, role: str, target: Path) -> None:
+        """Bring the job's file of this role to `target`, whole or not at all."""
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = target.with_name(f".{target.name}.part")
+        try:
+            async with self._http.stream("GET", f"{self._attempt_url}/files/{role}") as response:
+                if not response.is_success:
+                    await response.aread()
+                raise_for(response)
+                with draft.open("wb") as file:
+                    async for chunk in response.aiter_bytes():
+                        file.write(chunk)
+        except httpx.TransportError as error:
+            raise unreachable(self._base_url, error) from error
+        draft.replace(target)
 
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Json:
         content = None if body is None else json.dumps(finite(body), allow_nan=False, ensure_ascii=True)

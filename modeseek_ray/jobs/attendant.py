@@ -103,7 +103,7 @@ class Attendant:
         """What the cluster knows. It may be wrong about the living, which is what the lease is for."""
         status = await self._status(submission_id)
         if status in ENDED:
-            return f"its driver process ended ({status}) without a word."
+            return f"its driver process ended ({status}) without a word{await self._last_words(attempt)}."
         if status != "unknown" or attempt.heartbeat_at is not None:
             self._unknown_since.pop(submission_id, None)
             return None
@@ -111,6 +111,17 @@ class Attendant:
         if now - since <= self._store.attempts.lease_s:
             return None
         return "the cluster does not know its driver; it was probably restarted."
+
+    async def _last_words(self, attempt: AttemptRecord) -> str:
+        """Why a driver that never reached the service gave up: the last line it printed."""
+        if attempt.heartbeat_at is not None or attempt.submission_id is None:
+            return ""
+        try:
+            printed = await self._call(self._launcher.logs(attempt.submission_id))
+        except Exception:
+            return ""
+        lines = [line.strip() for line in (printed or "").splitlines() if line.strip()]
+        return f"; it printed: {lines[-1][-500:].rstrip('.')}" if lines else ""
 
     async def _lose(self, job: JobRecord, attempt: AttemptRecord, reason: str) -> None:
         """The fence is void before the old driver is stopped: from then on it can do nothing."""

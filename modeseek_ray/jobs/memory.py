@@ -135,6 +135,13 @@ def logit_bytes(model: ModelInfo, positions: int) -> int:
     return min(HEAD_CHUNK_BYTES, 4 * model.vocab_size * positions)
 
 
+def routes_part(model: ModelInfo, positions: int, ranks: int) -> Part:
+    """Expert ids of a round's samples, carried from the engines: uint8 up to 256 experts, else uint16."""
+    width = 1 if model.num_experts <= 256 else 2
+    num_bytes = width * model.num_layers * model.experts_per_token * positions // ranks
+    return Part("routes", num_bytes, f"{width} L k x {positions:,} positions / R, k experts per token")
+
+
 def remembered_part(model: ModelInfo, resources: Resources, probe_tokens: int, ranks: int) -> Part:
     """For exact KL on the held-out files: pi_0's hidden states, dealt over the ranks, and its head."""
     b, h = value_bytes(resources), model.hidden_size

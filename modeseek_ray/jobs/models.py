@@ -21,6 +21,7 @@ Lookup = Callable[[str], Path | None]
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts")
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -38,6 +39,19 @@ class ModelInfo:
     max_length: int  # positions
     num_experts: int  # 0 = dense
     has_chat_template: bool
+    num_expert_parameters: int = 0  # of all experts together
+    experts_per_token: int = 0
+    kv_values: int = 0  # values an engine keeps per position: keys and values of all layers
+    tied_head: bool = False  # the embedding is the head, and stored once
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Those that a position is multiplied with, the head left out: experts that are asked, no embedding."""
+        unused = self.num_expert_parameters
+        if self.num_experts:
+            unused -= self.num_expert_parameters * self.experts_per_token // self.num_experts
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_head else 2)
+        return max(0, self.num_parameters - unused - embeddings)
 
     @property
     def is_moe(self) -> bool:
@@ -64,7 +78,7 @@ class ModelInfo:
                 mend="Save the fast tokenizer beside the model: tokenizer.save_pretrained(directory).",
                 code="no_tokenizer",
             )
-        num_parameters, dtype_bytes = _count_parameters(path)
+        num_parameters, num_expert_parameters, dtype_bytes = _count_parameters(path)
         try:
             return cls(
                 path=path,
@@ -77,6 +91,12 @@ class ModelInfo:
                 max_length=int(text_config["max_position_embeddings"]),
                 num_experts=next((int(text_config[k]) for k in _EXPERT_KEYS if text_config.get(k)), 0),
                 has_chat_template=_has_chat_template(path),
+                num_expert_parameters=num_expert_parameters,
+                experts_per_token=next((int(text_config[k]) for k in _TOP_K_KEYS if text_config.get(k)), 0),
+                kv_values=_kv_values(text_config),
+                tied_head=bool(
+                    text_config.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+                ),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(
@@ -113,7 +133,7 @@ def _playground(name: str, home: Home) -> Path:
     from modeseek_ray.playground import locate
 
     kind = name.removeprefix("playground/")
-    path = locate(kind, home.root)
+    path = locate(kind, home.storage)
     if path is None:
         raise ModelError(
             f"{name} has not been built on this machine yet.",
@@ -161,7 +181,17 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _count_parameters(path: Path) -> tuple[int, int]:
+def _kv_values(config: dict[str, Any]) -> int:
+    """2 L (key and value heads) (head size); as if every layer had full attention."""
+    heads = int(config.get("num_attention_heads") or 0)
+    if not heads:
+        return 0
+    size = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    return 2 * int(config["num_hidden_layers"]) * int(config.get("num_key_value_heads") or heads) * size
+
+
+def _count_parameters(path: Path) -> tuple[int, int, int]:
+    """All parameters, those of experts, and the bytes of one."""
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
         pickled = next((p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)), None)
@@ -173,14 +203,16 @@ def _count_parameters(path: Path) -> tuple[int, int]:
             code="unsafe_weights" if pickled else "model_not_found",
         )
     by_type: dict[str, int] = {}
+    in_experts = 0
     for shard in shards:
-        for tensor in _header(shard).values():
+        for name, tensor in _header(shard).items():
             if isinstance(tensor, dict) and "shape" in tensor:
-                dtype = str(tensor.get("dtype"))
-                by_type[dtype] = by_type.get(dtype, 0) + _num_values(tensor["shape"], shard)
+                dtype, count = str(tensor.get("dtype")), _num_values(tensor["shape"], shard)
+                by_type[dtype] = by_type.get(dtype, 0) + count
+                in_experts += count if ".experts." in name else 0
     if not by_type:
         raise ModelError("there are no tensors in it.", file=str(shards[0]), mend="Save the model again.")
-    return sum(by_type.values()), _DTYPE_BYTES.get(max(by_type, key=lambda t: by_type[t]), 4)
+    return sum(by_type.values()), in_experts, _DTYPE_BYTES.get(max(by_type, key=lambda t: by_type[t]), 4)
 
 
 def _num_values(shape: Any, shard: Path) -> int:

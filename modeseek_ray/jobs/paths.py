@@ -1,4 +1,4 @@
-"""Where things lie under `MODESEEK_HOME`. Nobody else puts paths together."""
+"""Where things lie under `MODESEEK_HOME` and `MODESEEK_STORAGE`. Nobody else puts paths together."""
 
 from __future__ import annotations
 
@@ -21,18 +21,34 @@ def _checked(identifier: str) -> str:
 
 @dataclass(frozen=True)
 class Home:
-    """The directory that holds all state of one installation.
+    """The directory that holds all state of one installation, and the one that all Ray nodes see.
+
+    Data files, jobs (checkpoints, results, models) and the cache lie in `storage`, which several nodes
+    share; the store, the service's lock and Ray's record stay in `root`, on a local disk. On one machine
+    they are the same directory. A driver is given `storage` alone.
 
     >>> Home(Path("/var/lib/modeseek")).secret("ftjob-1", 2).as_posix()
     '/var/lib/modeseek/jobs/ftjob-1/attempts/2/secret.json'
     """
 
     root: Path
+    shared: Path | None = None
+
+    @classmethod
+    def at(cls, root: Path) -> Home:
+        """`root`, and the storage that `MODESEEK_STORAGE` names."""
+        shared = os.environ.get("MODESEEK_STORAGE")
+        return cls(root.expanduser().resolve(), Path(shared).expanduser().resolve() if shared else None)
 
     @classmethod
     def from_environment(cls) -> Home:
-        """`MODESEEK_HOME`, or `~/.modeseek`."""
-        return cls(Path(os.environ.get("MODESEEK_HOME") or Path.home() / ".modeseek").expanduser().resolve())
+        """`MODESEEK_HOME`, or `~/.modeseek`; and `MODESEEK_STORAGE`."""
+        return cls.at(Path(os.environ.get("MODESEEK_HOME") or Path.home() / ".modeseek"))
+
+    @property
+    def storage(self) -> Path:
+        """What every Ray node has to see, at this path."""
+        return self.shared or self.root
 
     @property
     def store_url(self) -> str:
@@ -42,15 +58,15 @@ class Home:
     @property
     def endpoints(self) -> Path:
         """The operator's list of judges that graders may ask (`rewards/endpoints.py`); need not exist."""
-        return self.root / "grader-endpoints.yaml"
+        return self.storage / "grader-endpoints.yaml"
 
     @property
     def files(self) -> Path:
-        return self.root / "files"
+        return self.storage / "files"
 
     @property
     def jobs(self) -> Path:
-        return self.root / "jobs"
+        return self.storage / "jobs"
 
     @property
     def lock(self) -> Path:
@@ -60,12 +76,12 @@ class Home:
     @property
     def cache(self) -> Path:
         """What can be computed again: reference scores, playground models."""
-        return self.root / "cache"
+        return self.storage / "cache"
 
     @property
     def engines(self) -> Path:
         """Of inference engines: a directory each, with the secret of the living ones."""
-        return self.root / "engines"
+        return self.storage / "engines"
 
     def engine_secret(self, engine_id: str) -> Path:
         """What an inference engine needs to know: model, url, token. Mode 0600."""
@@ -129,15 +145,16 @@ class Home:
 
     def prepare(self) -> None:
         """Create the directories. Raises `StorageError` where that is not possible."""
-        try:
-            for directory in (self.root, self.files, self.jobs, self.cache, self.logs):
+        for directory in (self.root, self.storage, self.files, self.jobs, self.cache, self.logs):
+            try:
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise StorageError(
-                f"cannot be created: {error.strerror}.",
-                file=str(self.root),
-                mend="Point MODESEEK_HOME at a directory you may write to.",
-            ) from None
+            except OSError as error:
+                variable = "MODESEEK_HOME" if directory.is_relative_to(self.root) else "MODESEEK_STORAGE"
+                raise StorageError(
+                    f"cannot be created: {error.strerror}.",
+                    file=str(directory),
+                    mend=f"Point {variable} at a directory you may write to.",
+                ) from None
 
 
 def allowed_path(path: Path, roots: Sequence[Path], home: Home) -> Path | None:
@@ -146,10 +163,11 @@ def allowed_path(path: Path, roots: Sequence[Path], home: Home) -> Path | None:
     A root does not open the installation's own directory, with all tenants' files and the store, unless
     the root itself lies inside it: an operator may well allow `/data` and keep the home under it.
     """
-    resolved, own = path.resolve(), home.root.resolve()
+    resolved = path.resolve()
     allowed = [root.expanduser().resolve() for root in roots]
-    if resolved.is_relative_to(own):
-        allowed = [root for root in allowed if root != own and root.is_relative_to(own)]
+    for own in (home.root.resolve(), home.storage.resolve()):
+        if resolved.is_relative_to(own):
+            allowed = [root for root in allowed if root != own and root.is_relative_to(own)]
     return resolved if any(resolved.is_relative_to(root) for root in allowed) else None
 
 

@@ -218,6 +218,8 @@ def _trainers(
     if config.retention_file is not None or config.validation_file is not None:
         tokens = _file_tokens(data, "retention") + _file_tokens(data, "validation")
         host.append(memory.remembered_part(model, resources, tokens, ranks))
+    if config.online is not None and config.online.routing_replay is not None:
+        host.append(memory.routes_part(model, _round_positions(config, model, data), ranks))
     on_gpu = resources.gpus_per_worker > 0
     offloads = on_gpu and resources.offload_optimizer and memory.effective_stage(resources) > 0
     (host if offloads else parts).append(optimizer)
@@ -254,6 +256,17 @@ def _positions_held(config: JobConfig, training: ResolvedTraining | None, data: 
     if keeps and memory.effective_stage(resources) <= 2:
         return round(share)
     return min(micro, max(round(share), longest or 0))
+
+
+def _round_positions(config: JobConfig, model: ModelInfo, data: DataReport | None) -> int:
+    """Prompts and answers of a round; answers as long as they may be."""
+    rollout = config.rollout
+    if rollout is None:
+        return 0
+    prompt = model.max_length
+    if data is not None and data.training.samples:
+        prompt = round(data.training.tokens / data.training.samples)
+    return rollout.samples_per_round * min(model.max_length, prompt + rollout.max_tokens)
 
 
 def data_padding(data: DataReport | None) -> float:

@@ -43,7 +43,7 @@ class ProcessValidator:
             "--job",
             job_id,
             "--home",
-            str(self._home.root),
+            str(self._home.storage),
             *(["--score"] if score else []),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,

@@ -24,8 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--home",
         type=Path,
-        default=Path(os.environ.get("MODESEEK_HOME", "~/.modeseek")).expanduser(),
-        help="where state lives (default: $MODESEEK_HOME or ~/.modeseek)",
+        default=_storage(),
+        help="where models lie (default: $MODESEEK_STORAGE, $MODESEEK_HOME or ~/.modeseek)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="another seed makes another base model (default: 0)"
@@ -44,6 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _storage() -> Path:
+    """As `jobs.paths.Home` has it."""
+    named = os.environ.get("MODESEEK_STORAGE") or os.environ.get("MODESEEK_HOME")
+    return Path(named or "~/.modeseek").expanduser()
 
 
 if __name__ == "__main__":

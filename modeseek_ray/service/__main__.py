@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8420)
     parser.add_argument("--root", type=Path, action="append", default=[], help="directory of models and data")
     arguments = parser.parse_args()
-    home = Home(arguments.home.expanduser().resolve()) if arguments.home else Home.from_environment()
+    home = Home.at(arguments.home) if arguments.home else Home.from_environment()
     with only_service(home):
         store = Store(home.store_url)
         check_exposure(store, arguments.host)

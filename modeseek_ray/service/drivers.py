@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modeseek_ray.config import config_error
@@ -111,10 +112,24 @@ def spec(bearer: BearerDep, service: ServiceDep) -> dict[str, Any]:
         **resolved,
         "attempt": bearer.attempt,
         "fence": bearer.fence,
-        "home": str(service.home.root),
+        "home": str(service.home.storage),
         "checkpoint": checkpoints[0] if checkpoints else None,
         "checkpoints": checkpoints,
     }
+
+
+@router.get("/files/{role}")
+def file(role: str, bearer: BearerDep, service: ServiceDep) -> FileResponse:
+    """A data file of the job, for a driver whose node does not see its path."""
+    job = service.store.drivers.authorize(bearer)
+    path = JobSpec.read(service.home.config(job.id)).files.get(role)
+    if path is None or not path.is_file():
+        raise RequestError(
+            f"the job has no {role} here." if path is None else f"{path} is not there any more.",
+            param=role,
+            mend="Submit the job again with a file that exists.",
+        )
+    return FileResponse(path, media_type="application/octet-stream")
 
 
 @router.post("/heartbeat")

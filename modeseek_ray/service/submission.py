@@ -49,7 +49,7 @@ class Checked:
             model_path=self.model_path,
             behavior_model_path=self.behavior_model_path,
             judges=self.judges,
-            home=service.home.root,
+            home=service.home.storage,
         )
 
 

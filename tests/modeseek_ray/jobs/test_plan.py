@@ -212,3 +212,25 @@ def test_logits_are_held_in_chunks_of_at_most_64_mib() -> None:
     assert few.num_bytes == 3 * 4 * 1_000 * 10 + 400_000
     many = memory.head_part(model(vocab_size=128_000), Resources(dtype="bfloat16"), positions=8_192)
     assert many.num_bytes == 3 * 64 * 2**20 + 2 * 4 * 128_000 * 100
+
+
+def test_routes_that_are_replayed_are_carried_by_the_trainers() -> None:
+    """Two experts a token in ten layers, a byte each: 8 samples of 20 + 12 positions over two ranks."""
+    moe = model(num_experts=8, experts_per_token=2, num_expert_parameters=500_000)
+    grader = {
+        "type": "string_check",
+        "input": "{{ sample.output_text }}",
+        "reference": "a",
+        "operation": "eq",
+    }
+    rollout = {"samples_per_prompt": 4, "prompts_per_round": 2, "max_tokens": 12}
+    online = {"preset": "grpo", "grader": grader, "rollout": rollout, "routing_replay": "R3"}
+    job = parse_config(
+        {
+            "model": "playground/moe",
+            "training_file": "a.jsonl",
+            "method": {"type": "online", "online": online},
+            "resources": {"trainers": 2},
+        }
+    )
+    assert part(trainer(plan(job, moe, data())), "routes") == 10 * 2 * 8 * 32 // 2

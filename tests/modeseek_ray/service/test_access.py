@@ -9,12 +9,14 @@ from typing import Any
 import openai
 import pytest
 
+from actors.fetching import fetch_missing
 from modeseek_ray.client import AttemptClient
 from modeseek_ray.errors import ServiceError
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.service.context import is_loopback
 from modeseek_ray.service.serve import check_exposure
 
+ROWS = b'{"prompt": "one plus one is", "completion": " two"}\n' * 3
 USER_ROUTES = [
     ("GET", "/v1/files"),
     ("POST", "/v1/files"),
@@ -46,10 +48,38 @@ USER_ROUTES = [
     ("POST", "/v1/webhook_endpoints/{hook}/rotate_secret"),
     ("POST", "/v1/webhook_endpoints/{hook}/test"),
     ("GET", "/v1/webhook_event_types"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/x"),
     ("DELETE", "/v1/models/x"),
 ]
+
+
+def test_a_driver_fetches_the_files_of_its_job_and_no_others(service: Any, tmp_path: Path) -> None:
+    """For a node that does not see the path under which a file was registered."""
+    job_id = service.submit()
+
+    async def talk() -> None:
+        driver = service.driver(job_id)
+        here = tmp_path / "there"
+        here.write_text("seen already")
+        files = {"training_file": tmp_path / "elsewhere.jsonl", "validation_file": here}
+        found = await fetch_missing(driver, files, tmp_path / "files")
+        assert found["validation_file"] == here
+        assert found["training_file"].read_bytes() == ROWS
+        assert found["training_file"].suffix == ".jsonl"
+        with pytest.raises(ServiceError, match="has no replay_file"):
+            await driver.fetch("replay_file", tmp_path / "none")
+        assert not (tmp_path / "none").exists()
+        stranger = AttemptClient(service.url, job_id, 1, token="guessed", fence=1)
+        with pytest.raises(ServiceError) as caught:
+            await stranger.fetch("training_file", tmp_path / "none")
+        assert caught.value.http_status in (401, 403)
+        await driver.close()
+        await stranger.close()
+
+    asyncio.run(talk())
 
 
 def test_the_list_of_routes_is_complete(service: Any) -> None:

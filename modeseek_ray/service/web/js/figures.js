@@ -73,7 +73,7 @@ export const FIGURES = [
   },
   {
     id: "rounds", title: "Time of a round, by part", unit: "seconds",
-    lines: [each(/^rollout\.(.+)_s$/)],
+    lines: [each(/^rollout\.(.+)_s$/), each(/^sync\.(.*)seconds$/, (match) => `handing over: ${match[1].replaceAll("_", " ").trim() || "all of it"}`)],
     note: "Writing, grading and handing over, beside the training steps.",
   },
   {

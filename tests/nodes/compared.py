@@ -1,0 +1,24 @@
+"""The same job packed and spread over a cluster of three nodes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.nodes.cluster import Nodes
+
+
+def compare(model: Path, directory: Path, *options: str) -> None:
+    with Nodes(directory, cpus=(2, 1, 1)) as cluster:
+        command = [sys.executable, "-m", "tests.nodes.loss_curves", str(model), str(directory), *options]
+        found = json.loads(cluster.run(command).stdout.splitlines()[-1])
+    assert len(set(found["pack"]["nodes"])) == 1
+    assert len(set(found["spread"]["nodes"])) == 2
+    assert set(found["spread"]["nodes"]) <= set(cluster.addresses)
+    assert len(found["spread"]["losses"]) == 4
+    assert found["spread"]["losses"] == pytest.approx(found["pack"]["losses"], rel=1e-5)
+    # Stronger: the layout is the same, and so is every bit.
+    assert found["spread"]["sha256"] == found["pack"]["sha256"]
