@@ -160,7 +160,7 @@ class Attempt:
         training = await self._resolve(data.dataset)
         dataset = await self._score(data.dataset)
         cursor = self._cursor(dataset, training)
-        plan = self._plan(training, cursor.num_steps)
+        plan = replace(self._plan(training, cursor.num_steps), median_initial_nll=dataset.median_initial_nll)
         trainer = await self._placement.trainers(self._trainer_spec(), self._config.resources.trainers)
         try:
             source = DatasetSource(dataset, cursor, self._placement.put)
@@ -401,6 +401,7 @@ def objective_of(config: JobConfig) -> Objective:
         mismatch=None if mismatch is None else _mismatch(mismatch),
         routing_replay=None if online is None else online.routing_replay,
         delta_of=first_order_ratio(weighting),
+        sample_kl="distance" in needs(weighting),
     )
 
 

@@ -111,6 +111,7 @@ class Measured:
         self._objective = objective
         self._log_policy_N = np.zeros(len(samples))
         self._sum_delta_N: FloatArray = np.full(len(samples), np.nan)
+        self._distance_N: FloatArray | None = None
         self._mismatch = DeltaSums()
         self._weighting = DeltaSums()
         self._live_mismatch: DeltaSums | None = None
@@ -138,11 +139,20 @@ class Measured:
                 self._live_mismatch += self._against_sampler(forward)
                 self._compare(forward)
 
+    def add_distances(self, forwards: Iterable[Forward]) -> None:
+        """A pass that measured KL to the start."""
+        self._distance_N = np.zeros(len(self._samples))
+        for forward in forwards:
+            if forward.scores.kl_M is not None and not forward.is_dummy:
+                num_tokens_B = forward.batch.num_tokens_B.cpu().numpy()[: len(forward.index_B)]
+                self._distance_N[forward.index_B] = forward.by_sample(forward.scores.kl_M) / num_tokens_B
+
     def result(self) -> RankBeginning:
         known_N = ~np.isnan(self._sum_delta_N)
         return RankBeginning(
             log_policy_N=self._log_policy_N,
             sum_delta_N=self._sum_delta_N if known_N.any() else None,
+            distance_N=self._distance_N,
             mismatch=self._mismatch,
             weighting=self._weighting,
             live_mismatch=self._live_mismatch,

@@ -36,6 +36,7 @@ class Plan:
     inner_steps: int = 1  # optimizer steps on each batch
     looks_back: bool = False  # steps are compared with the policy the batch began with
     seed: int = 0
+    median_initial_nll: float | None = None  # of the data set, where it was scored under the start
 
 
 @dataclass
@@ -124,6 +125,7 @@ class Driver:
         for probes in self._probes.values():
             await self._trainer.remember_start(probes)
         self.state.cursor = self._source.state()
+        self.state.controller = observe({}, median_initial_nll=self._plan.median_initial_nll)
         directory = self._checkpoints.latest()
         if directory is not None:
             self.state = DriverState(**self._checkpoints.read_controller(directory))

@@ -106,16 +106,21 @@ class ForwardPasses:
         reference_of: Callable[[Sequence[Sample]], Reference] | None = None,
         routing: Routing = LIVE_ROUTING,
         log_reference: bool = False,
+        start_kl: bool = False,
     ) -> Iterator[Forward]:
         """Without gradient and without dropout. `reference_of` gives what a KL is measured against;
-        `log_reference` asks for pi_0's log-probabilities."""
+        `log_reference` asks for pi_0's log-probabilities, `start_kl` for the KL to pi_0 as it is beside the
+        policy."""
         for index_B in self.cut(samples) if cuts is None else cuts:
             batch = self._collate(samples, index_B)
             has_reference = reference_of is not None and len(index_B) > 0
             reference = (
                 reference_of([samples[i] for i in index_B]) if has_reference and reference_of else None
             )
-            log_reference_M = self._start_scores(batch).log_prob_M if log_reference else None
+            start = self._start_scores(batch) if log_reference or start_kl else None
+            log_reference_M = None if start is None else start.log_prob_M
+            if start is not None and start.hidden_M is not None and start_kl:
+                reference = Reference(start.hidden_M, "both", self._frozen_head)
             self._module.eval()
             with torch.no_grad(), self._routed(index_B, batch, routing) as recording:
                 scores = self._module(
@@ -188,7 +193,7 @@ class ForwardPasses:
 def needs_reference(objective: Objective) -> bool:
     """Whether pi_0 has to be there beside the policy."""
     by_step = objective.kl_direction is not None or objective.token_factor == "ratio_token"
-    return by_step or objective.delta_over_start
+    return by_step or objective.delta_over_start or objective.sample_kl
 
 
 def log_probs(num_samples: int, forwards: Iterator[Forward] | list[Forward]) -> FloatArray:

@@ -331,11 +331,20 @@ def playground(
 
 
 @app.command()
-def presets(name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None) -> None:
-    """List the named weightings, or print what one is made of."""
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    shown: Annotated[str | None, typer.Argument(hidden=True)] = None,
+) -> None:
+    """List the named weightings, or print what one is made of (`modeseek presets show iw_sft`, or without `show`)."""
     from actors.commands.check import presets as show_presets
+    from modeseek_ray.weights import PRESETS
 
-    show_presets(name)
+    if shown is not None and name != "show":
+        raise typer.BadParameter(f"{name!r} is followed by {shown!r}; name one preset.")
+    wanted = name if shown is None else shown
+    if wanted is not None and wanted not in PRESETS:
+        raise typer.BadParameter(f"there is no preset {wanted!r}; choose one of {', '.join(PRESETS)}.")
+    show_presets(wanted)
 
 
 @app.command()

@@ -52,6 +52,7 @@ class RankBeginning:
     log_policy_N: FloatArray
     # Of the ratio the objective's `delta_of` names; NaN where its denominator, the sampler, is not known.
     sum_delta_N: FloatArray | None = None
+    distance_N: FloatArray | None = None  # KL(pi_0 || pi), nats per trained token, where it was asked for
     mismatch: DeltaSums = field(default_factory=DeltaSums)  # pi_old(trainer) / pi_sampler
     weighting: DeltaSums = field(default_factory=DeltaSums)  # the token ratios behind `sum_delta_N`
     live_mismatch: DeltaSums | None = None  # mismatch without replay, where it was asked for

@@ -146,6 +146,8 @@ class Policy:
             if replay == "R3" and self._spec.compare_routes:  # first: no pass may come after kept graphs
                 measured.add_live(self._passes.infer(samples, routing=Routing(record=True)))
             record = replay == "R2" or (replay is None and carried)
+            if self._spec.objective.sample_kl:  # before graphs are kept, likewise
+                measured.add_distances(self._passes.infer(samples, start_kl=True))
             over_start = self._spec.objective.delta_over_start
             for forward in self._step_passes.scoring(samples, record=record, log_reference=over_start):
                 self._begun.keep(samples, forward)

@@ -176,12 +176,16 @@ class TrainerPool:
         )
         answers: list[RankBeginning] = await self._each("begin", [(s.picks, *blocks) for s in shards])
         self._begun = _Begun.of(groups, shards, blocks, RankBeginning.figures(answers))
-        log_policy_N, sum_delta_N = np.full((2, len(whole[0])), np.nan)
+        log_policy_N, sum_delta_N, distance_N = np.full((3, len(whole[0])), np.nan)
         for shard, answer in zip(shards, answers, strict=True):
             log_policy_N[shard.order_N] = answer.log_policy_N
             if answer.sum_delta_N is not None:
                 sum_delta_N[shard.order_N] = answer.sum_delta_N
+            if answer.distance_N is not None:
+                distance_N[shard.order_N] = answer.distance_N
         scored = regroup(groups, log_policy_N, "log_policy_N")
+        if not np.isnan(distance_N).any():
+            scored = regroup(scored, distance_N, "distance_N")
         if np.isnan(sum_delta_N).all():
             return scored
         return [_with_sum_delta(g) for g in regroup(scored, sum_delta_N, "sum_delta_N")]

@@ -175,7 +175,7 @@ class Evidence:
     sum_delta_N: FloatArray | None = (
         None  # sum over tokens of (ratio_t - 1), the ratio being the weighting's `of`
     )
-    distance_N: FloatArray | None = None  # per-sample distance from the start, for `per_sample` gamma
+    distance_N: FloatArray | None = None  # KL(pi_0 || pi) of each sample, nats per trained token
     log_round_N: FloatArray | None = None  # log pi_k(y|x), the policy frozen when this round of fitting began
     is_replay_N: BoolArray | None = None
 
@@ -271,6 +271,7 @@ class Objective:
     routing_replay: Literal["R2", "R3"] | None = None
     # Whose token ratios `begin` sums up to Evidence.sum_delta_N: the weighting's own `of`; None = nobody asks.
     delta_of: Literal["policy_over_initial", "initial_over_policy", "policy_over_data"] | None = None
+    sample_kl: bool = False  # `begin` measures each sample's KL to pi_0, Evidence.distance_N
 
     @property
     def looks_back(self) -> bool:
@@ -281,6 +282,7 @@ class Objective:
             or self.routing_replay == "R2"
             or self.token_factor == "psft"
             or self.delta_of is not None
+            or self.sample_kl
         )
 
     @property

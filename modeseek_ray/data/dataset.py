@@ -69,6 +69,14 @@ class Dataset:
         """Most new rows of one prompt: what a batch has to hold."""
         return int(np.bincount(self.group_N[~self.is_replay_N]).max(initial=0))
 
+    @property
+    def median_initial_nll(self) -> float | None:
+        """Median over new rows of the mean NLL per trained token under the start, nats; None before it is scored."""
+        if self.log_reference_N is None or not self.num_new:
+            return None
+        new_N = ~self.is_replay_N
+        return float(np.median(-self.log_reference_N[new_N] / self.num_tokens_N[new_N]))
+
     def all_indices(self) -> IntArray:
         return np.arange(len(self.samples))
 

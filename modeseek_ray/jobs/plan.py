@@ -279,6 +279,7 @@ def _needs_frozen_copy(config: JobConfig) -> bool:
     weighting = config.weighting
     asked = weighting.kl is not None or getattr(weighting.token, "scheme", None) == "ratio_token"
     asked = asked or first_order_ratio(weighting) in ("policy_over_initial", "initial_over_policy")
+    asked = asked or "distance" in needs(weighting)
     return asked and config.training.lora is None
 
 

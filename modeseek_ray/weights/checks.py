@@ -254,12 +254,6 @@ def _against_data(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
             " behavior_model, does not say them.",
             "Give `logprobs` as a list, one number per trained token, or choose approximation: exact.",
         )
-    if "distance" in wanted:
-        yield _error(
-            "likelihood.gamma.per_sample.distance",
-            "no trainer measures the KL of single samples yet.",
-            "Choose distance: initial_nll.",
-        )
     if g.scheme == "preference" and facts.replay_share > 0:
         yield _error(
             "training.replay_share",

@@ -53,7 +53,8 @@ class PerSample(Ess):
     """gamma_i = gamma / (1 + d_i / scale): larger near the start. One gamma for all meets the ESS floor."""
 
     distance: Literal["initial_nll", "kl"] = "initial_nll"
-    """d_i: the sample's mean NLL per token under the start, or its KL to the start (`distance_N`)."""
+    """d_i: the sample's mean NLL per token under the start, or KL(pi_0 || pi) on its trained tokens, measured by
+    the trainer (one more forward pass, and pi_0 beside the policy)."""
     scale: float | None = Field(None, gt=0)
     """tau, in the distance's unit (nats); None = the batch's median distance."""
 
@@ -82,7 +83,7 @@ class InverseMedianNll(Strict):
     """gamma = 1 / median over the data set of the mean NLL per token under the start (FLOW)."""
 
     median_nats: float | None = Field(None, gt=0)
-    """The median, if known; None = measured by the job (until then the batch's own)."""
+    """The median, if known; None = measured by the job over its data set (online: over each batch)."""
 
 
 class EssGamma(Strict):

@@ -58,7 +58,7 @@ PRESETS: dict[str, Preset] = {
         },
         source="FLOW: exp(-loss_i / median loss) under the start, not normalised",
         checked="code (sanyalsunny111/FLOW_finetuning): exp(-mean loss / the data set's median), over tokens",
-        differs="nothing; until the job has measured the data set's median it is the batch's",
+        differs="nothing; in an online job, which has no data set, the median is the batch's",
     ),
     "iw_sft": Preset(
         "importance-weighted SFT: the ratio itself, clipped",

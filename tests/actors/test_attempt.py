@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -28,6 +29,7 @@ ANCHORED = {
     "likelihood": {"scheme": "ratio_power", "of": "initial_over_policy", "gamma": {"ess": {"floor": 0.5}}}
 }
 STEPS = 6
+LEDGER = ("row", "log_reference", "num_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +157,27 @@ def test_first_order_weights_of_a_job(tiny_dense: Path, files: dict[str, Path], 
     assert delta_S[0] < 1e-5 < delta_S[-1]
     assert metrics.first("ess_ratio") == 1.0
     assert metrics.known("ess_ratio")[1].min() < 1.0
+
+
+def test_gamma_by_each_samples_kl(tiny_dense: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    gamma = {"per_sample": {"distance": "kl", "floor": 0.5, "warmup": 0.0}}
+    f = {"scheme": "ratio_power", "of": "policy_over_initial", "gamma": gamma}
+    _run(_spec(tiny_dense, files, tmp_path, {"likelihood": f}))
+    metrics = read_metrics(tmp_path / "results")
+    assert metrics.last("gamma") > 0
+    assert metrics.known("ess_ratio")[1].min() < 1.0
+
+
+def test_flow_divides_by_the_median_of_the_whole_data_set(
+    tiny_dense: Path, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """Known before the first step, so gamma is one number for the job, whatever rows a batch holds."""
+    _run(_spec(tiny_dense, files, tmp_path, {"preset": "flow"}))
+    ledger = pq.read_table(tmp_path / "results" / "weights.parquet").to_pydict()
+    nll = {row: -log / n for row, log, n in zip(*(ledger[k] for k in LEDGER), strict=True)}
+    assert len(nll) == 12
+    gammas_S = read_metrics(tmp_path / "results").known("gamma")[1]
+    np.testing.assert_allclose(gammas_S, 1 / np.median(list(nll.values())), rtol=1e-6)
 
 
 @pytest.mark.parametrize("has_behavior", [False, True])

@@ -104,6 +104,9 @@ def test_presets_are_listed_and_printed(tmp_path: Path) -> None:
     assert (
         yaml.safe_load(_modeseek("presets", "anchored").output)["likelihood"]["of"] == "initial_over_policy"
     )
+    assert _modeseek("presets", "show", "anchored").output == _modeseek("presets", "anchored").output
+    for wrong in (["anchord"], ["show", "anchord"], ["anchored", "flow"]):
+        assert _modeseek("presets", *wrong).exit_code == 2
 
 
 def test_keys_are_shown_once_and_can_be_revoked(tmp_path: Path) -> None:

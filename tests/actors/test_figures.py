@@ -171,6 +171,29 @@ def test_in_bfloat16_the_distance_is_of_the_weights_that_are_computed_with(
     assert still < 1e-3 < moved
 
 
+@pytest.mark.parametrize("options", [{"zero_stage": 2}, {"zero_stage": 3, "training": LORA}])
+def test_kl_of_single_samples(
+    start: Start, samples: list[Sample], tiny_dense: Path, tmp_path: Path, options: Any
+) -> None:
+    """`gamma: {per_sample: {distance: kl}}`: each sample's own KL(pi_0 || pi), whichever rank holds it."""
+    trainer = start(world_size=2, objective=Objective(sample_kl=True), **options)
+    groups = probe_groups(samples, lambda block: block)
+
+    async def run() -> tuple[Any, Any]:
+        pool = trainer.pool()
+        first = await pool.begin(groups)
+        for i in range(3):
+            await pool.step(groups, plan_for(samples, step=i, rate=1e-2))
+        await pool.export(tmp_path / "now")
+        return first, await pool.begin(groups)
+
+    first, begun = asyncio.run(run())
+    np.testing.assert_allclose(np.concatenate([g.distance_N for g in first]), 0, atol=1e-6)
+    expected_N = [plain(tmp_path / "now", tiny_dense, [s]).kl for s in samples]
+    np.testing.assert_allclose(np.concatenate([g.distance_N for g in begun]), expected_N, rtol=1e-4)
+    assert max(expected_N) > 1.2 * min(expected_N) > 0
+
+
 class TestFirstOrder:
     """`approximation: first_order`: sum_t (ratio_t - 1) of the very ratio that `of` names."""
 

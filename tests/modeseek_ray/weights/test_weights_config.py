@@ -200,7 +200,6 @@ IMPOSSIBLE = [
         "likelihood.approximation",
     ),
     ({**ratio(), "rounds": 2}, Facts(), "rounds"),
-    (ratio(gamma={"per_sample": {"distance": "kl"}}), Facts(), "likelihood.gamma.per_sample.distance"),
 ]
 
 
