@@ -9,7 +9,7 @@ PYTHON_VENV := .venv/bin/python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help setup setup-dev demo test test-page test-nodes check format serve playground bench faults load clean clean-all
+.PHONY: help setup setup-dev demo test test-page test-nodes check format serve playground bench faults load bench-forgetting bench-forgetting-small clean clean-all
 
 help:  ## Explain the targets (this text)
 	@echo "modeseek-ray: weighted fine-tuning of language models as a service on Ray"
@@ -66,6 +66,13 @@ faults: setup-dev playground  ## Break everything at every point: kills, stops, 
 
 load: setup-dev  ## The service under 464 clients on loopback for ten minutes: latencies, event lag, memory
 	@$(PYTHON_VENV) -m tests.bench.load --seconds 600
+
+bench-forgetting-small: setup-dev  ## Does weighting forget less? Five methods, one base: the direction (under 10 minutes)
+	@$(PYTHON_VENV) -m tests.bench.forgetting small
+
+bench-forgetting: setup-dev  ## The whole study of tests/bench/forgetting/PROTOCOL.md (about an hour idle; goes on), then its page
+	@$(PYTHON_VENV) -m tests.bench.forgetting run
+	@$(PYTHON_VENV) -m tests.bench.forgetting report --out build/forgetting
 
 clean:  ## Remove caches and build outputs (keeps .venv and MODESEEK_HOME)
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

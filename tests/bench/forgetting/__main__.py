@@ -1,0 +1,240 @@
+"""Does weighting forget less? The study of PROTOCOL.md, in pieces, resumable.
+
+    python -m tests.bench.forgetting run                     # all that is missing, in the protocol's order
+    python -m tests.bench.forgetting run --piece standard --minutes 30
+    python -m tests.bench.forgetting show                    # how much of each piece is there
+    python -m tests.bench.forgetting report --out DIR        # tables, figures, one HTML page
+    python -m tests.bench.forgetting small                   # the reduced set, under 10 minutes on two cores
+
+Every run is stored the moment it ends, under MODESEEK_HOME/bench-forgetting/runs.jsonl; stop with Ctrl-C at any
+time, start again to go on. Two processes may share the work if they are given different --units. One run
+is 80 steps of 32 rows on a model of 0.4 M parameters: 3 to 6 seconds of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[3]
+PIECES = ("standard", "rewards", "far", "noisy", "lengths")
+FOLLOWING = ("far", "noisy", "lengths")  # take over the trials selected in `standard`
+# The reduced set: what the headline is about, on one report base.
+SMALL_METHODS = ("sft", "mode_seeking", "anchored", "flow", "dft")
+SMALL_UNITS = ((1, 1),)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    command = {"run": run, "show": show, "report": report, "small": small}[options.command]
+    return command(options)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.forgetting",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    home = Path(os.environ.get("MODESEEK_HOME") or Path.home() / ".modeseek")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--home", type=Path, default=home, help=f"base models and runs ({home})")
+        command.add_argument("--arch", choices=("dense", "moe"), default="dense", help="base models (dense)")
+        command.add_argument(
+            "--trials", type=int, default=10, help="of each method's grid, from the middle (10, at least 1)"
+        )
+        return command
+
+    running = add("run", "Run what is missing, in the protocol's order.")
+    running.add_argument("--piece", choices=PIECES, action="append", help="only these; may be repeated (all)")
+    running.add_argument("--methods", nargs="+", help="only these (all); a selection needs all of them")
+    running.add_argument(
+        "--units", nargs="+", metavar="BASE.DATA", help="only these units, 1.1 for example (all)"
+    )
+    running.add_argument("--minutes", type=float, help="begin no run after this long")
+    add("show", "How much of each piece is there.")
+    reporting = add("report", "Tables, figures and the page, from the stored runs or from a results file.")
+    reporting.add_argument("--out", type=Path, default=Path("forgetting-report"), help="where to write")
+    reporting.add_argument("--results", type=Path, help="a results.parquet instead of the stored runs")
+    reduced = add("small", "Five methods, five learning rates, one report base: the headline's direction.")
+    reduced.add_argument("--out", type=Path, default=Path("build/forgetting-small"), help="where to write")
+    reduced.add_argument("--minutes", type=float, default=9.0, help="begin no run after this long (9)")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    units = [tuple(int(x) for x in unit.split(".")) for unit in options.units or []]
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    for piece in options.piece or PIECES:
+        if not _do(options, piece, units, deadline, options.methods):
+            print(f"stopped in {piece}: time is up; the same command goes on", file=sys.stderr)
+            return 3
+    return 0
+
+
+def _do(
+    options: argparse.Namespace,
+    piece: str,
+    units: Sequence[tuple[int, ...]],
+    deadline: float | None,
+    methods: Sequence[str] | None,
+) -> bool:
+    """Everything of one piece that is not stored; False if time ran out."""
+    from tests.bench.forgetting import study
+
+    store = store_of(options.home)
+    source = "standard" if piece in FOLLOWING else piece
+    if piece not in FOLLOWING and (not units or study.VALIDATION in units):
+        jobs = list(study.validation_jobs(options.arch, piece, options.trials))
+        if not work(_chosen(jobs, methods), store, options.home, deadline, f"{piece}: validation"):
+            return False
+    selected = study.select(options.arch, source, store.rows(), options.trials, methods)
+    if not selected:
+        print(f"{piece}: nothing was selected yet; run the validation of {source} first", file=sys.stderr)
+        return True
+    report_units = [unit for unit in study.REPORT if not units or unit in units]
+    jobs = list(study.report_jobs(options.arch, piece, selected, report_units))
+    return work(_chosen(jobs, methods), store, options.home, deadline, f"{piece}: report")
+
+
+def _chosen(jobs: Sequence[Any], methods: Sequence[str] | None) -> list[Any]:
+    return [job for job in jobs if methods is None or job.method in methods]
+
+
+def work(jobs: Sequence[Any], store: Any, home: Path, deadline: float | None, title: str) -> bool:
+    """Run the jobs that are not stored, with a bar; False if time ran out."""
+    import torch
+
+    from tests.bench.forgetting.study import Unit
+
+    torch.set_num_threads(1)
+    unit: Unit | None = None
+    unit_of = None
+    for job in _with_bar([j for j in jobs if j.key not in store.rows()], title):
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        if job.key in store.rows():  # another process was faster
+            continue
+        if unit is None or unit_of != job.unit:
+            unit, unit_of = Unit(*job.unit, home), job.unit
+        result = unit.run(job.setting, whole_path=not job.is_validation)
+        store.add({**_identity(job), **result, **environment()})
+    return True
+
+
+def _identity(job: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {"key": job.key, **asdict(job), "setting": asdict(job.setting), "is_validation": job.is_validation}
+
+
+def _with_bar(jobs: Sequence[Any], title: str) -> Iterator[Any]:
+    """A bar on a terminal, elsewhere a line for every twentieth run."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=len(jobs))
+        for done, job in enumerate(jobs):
+            label = f"{title} {job.method} #{job.trial} on {job.base_seed}.{job.data_seed}"
+            bar.update(task, description=label)
+            if not console.is_terminal and done % 20 == 0:
+                print(f"{time.strftime('%H:%M:%S')} {done}/{len(jobs)} {label}", file=sys.stderr, flush=True)
+            yield job
+            bar.advance(task)
+
+
+def store_of(home: Path) -> Any:
+    from tests.bench.forgetting.study import Store
+
+    return Store(home / "bench-forgetting" / "runs.jsonl")
+
+
+def show(options: argparse.Namespace) -> int:
+    from tests.bench.forgetting import study
+
+    rows = store_of(options.home).rows()
+    for piece in PIECES:
+        source = "standard" if piece in FOLLOWING else piece
+        done = planned = 0
+        if piece not in FOLLOWING:
+            keys = [job.key for job in study.validation_jobs(options.arch, piece, options.trials)]
+            done, planned = sum(key in rows for key in keys), len(keys)
+            print(f"{piece:9} validation {done}/{planned}")
+        selected = study.select(options.arch, source, rows, options.trials)
+        for unit in study.REPORT:
+            keys = [job.key for job in study.report_jobs(options.arch, piece, selected, [unit])]
+            print(f"{piece:9} report {unit[0]}.{unit[1]} {sum(key in rows for key in keys)}/{len(keys)}")
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from tests.bench.forgetting.page import write
+
+    for path in write(options.home, options.out, options.results, arch=options.arch, trials=options.trials):
+        print(path)
+    return 0
+
+
+def small(options: argparse.Namespace) -> int:
+    """Validation and report of five methods; then the same table, marked as reduced."""
+    from tests.bench.forgetting import study
+    from tests.bench.forgetting.page import small_table
+
+    options.trials = min(options.trials, 5)
+    deadline = time.monotonic() + 60 * options.minutes
+    finished = _do(options, "standard", [study.VALIDATION, *SMALL_UNITS], deadline, SMALL_METHODS)
+    print(small_table(options.home, options.arch, options.trials, SMALL_METHODS, SMALL_UNITS))
+    if not finished:
+        print("time was up before all runs were done; the same command goes on", file=sys.stderr)
+    return 0 if finished else 3
+
+
+_ENVIRONMENT: dict[str, Any] = {}
+
+
+def environment() -> dict[str, Any]:
+    """Commit, versions, the kind of processor and its cores: nothing that names a machine."""
+    if not _ENVIRONMENT:
+        _ENVIRONMENT.update(
+            commit=_git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+            cpu=_cpu(),
+            cores=os.cpu_count(),
+            versions={
+                "python": platform.python_version(),
+                **{n: version(n) for n in ("torch", "transformers", "numpy", "peft")},
+            },
+        )
+    return dict(_ENVIRONMENT)
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

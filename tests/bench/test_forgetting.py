@@ -1,0 +1,171 @@
+"""The forgetting study: every method tried as often, runs stored once, selection and verdicts by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modeseek_ray.playground import new_task
+from modeseek_ray.weights import Weighting
+from tests.bench.forgetting import analysis, study, world
+from tests.bench.forgetting.__main__ import SMALL_METHODS, parser
+from tests.bench.forgetting.methods import DEMONSTRATIONS, FIVE_RATES, LORA_FACTOR, SAMPLES, methods_of
+
+
+@pytest.mark.parametrize("method", [*DEMONSTRATIONS, *SAMPLES], ids=lambda m: m.name)
+def test_every_method_has_ten_trials_and_all_rates_in_the_first_five(method: Any) -> None:
+    assert len(method.trials) == len({repr(t) for t in method.trials}) == 10
+    factor = LORA_FACTOR if method.name == "lora" else 1.0
+    first = sorted(trial.learning_rate / factor for trial in method.trials[:5])
+    np.testing.assert_allclose(first, FIVE_RATES)
+    for trial in method.trials:
+        Weighting.model_validate(dict(trial.weighting))
+    assert method.control is None or method.control in methods_of("standard")
+
+
+def test_a_shuffled_control_differs_from_its_method_in_the_shuffle_alone() -> None:
+    methods = methods_of("standard")
+    for method in DEMONSTRATIONS:
+        if method.control:
+            shuffled = methods[method.control].trials
+            assert [replace(t, shuffled=False) for t in shuffled] == list(method.trials)
+            assert all(t.shuffled for t in shuffled)
+
+
+def test_a_run_is_stored_once_and_a_torn_line_is_passed_over(tmp_path: Path) -> None:
+    store = study.Store(tmp_path / "runs.jsonl")
+    store.add({"key": "a", "path": [1]})
+    with store.file.open("a") as file:
+        file.write('{"key": "b", "pa')  # killed here
+    store.add({"key": "c", "path": [3]})
+    store.add({"key": "a", "path": [4]})
+    assert {key: row["path"] for key, row in store.rows().items()} == {"a": [1], "c": [3]}
+
+
+def test_the_key_is_of_the_content() -> None:
+    job = study.Job("dense", "standard", "sft", 0, 1, 1)
+    assert job.key == study.Job("dense", "standard", "sft", 0, 1, 1).key
+    others = [
+        replace(job, trial=1),
+        replace(job, data_seed=2),
+        replace(job, base_seed=2),
+        replace(job, variant="far"),
+    ]
+    assert len({job.key, *(other.key for other in others)}) == 5
+    assert replace(job, method="mode_seeking").key != job.key
+
+
+def test_validation_and_report_share_no_unit() -> None:
+    assert study.VALIDATION not in study.REPORT
+    assert study.VALIDATION[0] not in {base for base, _ in study.REPORT}
+
+
+def run_of(
+    method: str, trial: int, unit: tuple[int, int], kept_at_end: float, success: float = 1.0
+) -> dict[str, Any]:
+    """A path from (0, 1) to (success, kept) in one straight line: retention at .9 is known by hand."""
+    rows = [
+        {"step": 0, "success": 0.0, "old_accuracy": 0.5, "text_nll": 4.0, "new_kl_nats": 0.0, "cpu_s": 0.0},
+        {
+            "step": 80,
+            "success": success,
+            "old_accuracy": 0.5 * kept_at_end,
+            "text_nll": 5.0,
+            "new_kl_nats": 1 - kept_at_end,
+            "cpu_s": 8.0,
+        },
+    ]
+    return {
+        "key": f"{method}{trial}{unit}",
+        "arch": "dense",
+        "variant": "standard",
+        "method": method,
+        "trial": trial,
+        "base_seed": unit[0],
+        "data_seed": unit[1],
+        "is_validation": unit == study.VALIDATION,
+        "setting": {"learning_rate": 1e-3, "weighting": {}},
+        "path": rows,
+        "extra_cpu_s": 0.0,
+        "commit": "c",
+        "cpu": "kind",
+        "cores": 2,
+        "versions": {"torch": "0"},
+    }
+
+
+@pytest.fixture
+def runs() -> list[Mapping[str, Any]]:
+    """sft keeps .5 at the end, anchored .6 and its control .55 in each unit, mode_seeking .3, flow never learns."""
+    kept = {"sft": 0.5, "anchored": 0.6, "shuffled_anchored": 0.55, "mode_seeking": 0.3, "flow": 0.9}
+    made = []
+    for name, at_end in kept.items():
+        success = 0.6 if name == "flow" else 1.0
+        for trial in range(5):
+            chosen = trial == 3
+            best = (at_end if chosen else 0.1, success if chosen else 0.9 * success)
+            made.append(run_of(name, trial, study.VALIDATION, *best))
+        made.extend(run_of(name, 3, unit, at_end, success) for unit in study.REPORT[:3])
+    return made
+
+
+def test_the_best_validation_trial_is_reported_and_the_verdicts_follow(runs: list[Mapping[str, Any]]) -> None:
+    trials, common = analysis.selected(runs, "dense", "standard")
+    assert set(trials.values()) == {3} and common == 5
+    units = analysis.units_of(runs, "dense", "standard")
+    assert units == [(1, 1), (2, 1), (4, 1)]
+    lines = {line.method: line for line in analysis.headline(runs, "dense", "standard", units)}
+    assert lines["sft"].retention == pytest.approx(1 - 0.9 * 0.5)
+    anchored = lines["anchored"].difference
+    assert (
+        anchored is not None and anchored.low == pytest.approx(0.09) and anchored.high == pytest.approx(0.09)
+    )
+    assert lines["anchored"].verdict == "wins"
+    assert lines["mode_seeking"].verdict == "loses"
+    assert lines["flow"].verdict == "did not always reach .9"
+    assert (lines["flow"].reached, lines["flow"].difference) == (0, None)
+
+
+def test_a_method_that_only_equals_its_shuffled_control_does_not_win(runs: list[Mapping[str, Any]]) -> None:
+    better = [r for r in runs if r["method"] != "shuffled_anchored"]
+    better += [run_of("shuffled_anchored", 3, unit, 0.6) for unit in study.REPORT[:3]]
+    better += [run_of("shuffled_anchored", t, study.VALIDATION, 0.6 if t == 3 else 0.1) for t in range(5)]
+    units = analysis.units_of(better, "dense", "standard")
+    lines = {line.method: line for line in analysis.headline(better, "dense", "standard", units)}
+    assert lines["anchored"].verdict == "above, but not above its shuffled control"
+
+
+def test_a_unit_that_a_method_lacks_is_left_out(runs: list[Mapping[str, Any]]) -> None:
+    partial = [r for r in runs if not (r["method"] == "flow" and r["base_seed"] == 2)]
+    assert analysis.units_of(partial, "dense", "standard") == [(1, 1), (4, 1)]
+
+
+def test_results_come_back_from_their_file(runs: list[dict[str, Any]], tmp_path: Path) -> None:
+    analysis.write_results(runs, tmp_path / "results.parquet")
+    again = analysis.read_results(tmp_path / "results.parquet")
+    assert analysis.headline(again, "dense", "standard", [(1, 1)]) == analysis.headline(
+        runs, "dense", "standard", [(1, 1)]
+    )
+
+
+def test_bootstrap_of_three_bases_spans_them() -> None:
+    found = analysis.hierarchical_bootstrap({(1, 1): 0.0, (2, 1): 0.3, (3, 1): 0.6})
+    assert found.mean == pytest.approx(0.3)
+    assert found.low == pytest.approx(0.0, abs=0.11) and found.high == pytest.approx(0.6, abs=0.11)
+
+
+def test_rewards_of_an_answer_by_hand() -> None:
+    assert new_task.rotated("ABC") == "BCA"
+    assert world.reward_of("ABC", "BCA") == 1.0
+    assert world.reward_of("ABC", "BAC") == pytest.approx(0.5 / 3)
+    assert world.reward_of("ABC", "B-C-A") == world.reward_of("ABC", "") == 0.0
+
+
+def test_the_reduced_set_has_the_headline_and_its_loser() -> None:
+    assert {"sft", "mode_seeking", "anchored"} <= set(SMALL_METHODS) <= set(methods_of("standard"))
+    assert "MODESEEK_HOME" in parser().format_help()
