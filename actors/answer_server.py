@@ -57,7 +57,7 @@ class AnswerServer:
     async def run(self) -> str:
         """Returns why it ended. Raises what kept the writer from starting, after telling the service."""
         self._over = asyncio.get_running_loop().create_future()
-        with _listen(self._secret.url) as listener:
+        with _listen(self._secret.url, self._secret.ports) as listener:
             address = "http://{}:{}".format(*listener.getsockname()[:2])
             config = uvicorn.Config(
                 self._app(), log_level="warning", access_log=False, timeout_graceful_shutdown=2, ws="none"
@@ -117,8 +117,8 @@ class AnswerServer:
                 renewed_at = time.monotonic()
                 if desired == "stop":
                     self.end("stopped")
-            except ServiceError as error:
-                if error.code in _OVER:
+            except Exception as error:
+                if isinstance(error, ServiceError) and error.code in _OVER:
                     self.end("the service does not know it any more")
                 elif time.monotonic() - renewed_at > self._secret.lease_s:
                     self.end("its lease could not be renewed")
@@ -180,14 +180,26 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _listen(service_url: str) -> socket.socket:
-    """Where the service can reach us: on loopback if it is there itself, else on the address that leads to it."""
+def _listen(service_url: str, ports: tuple[int, int]) -> socket.socket:
+    """Where the service can reach us: on loopback if it is there itself, else on the address that leads to it.
+
+    Raises `WorkerError` where all `ports` are taken.
+    """
     parts = urlsplit(service_url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 443
     family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(target)  # sends nothing
         own = probe.getsockname()[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.bind((own, 0))
-    return listener
+    for number in range(ports[0], ports[1] + 1):
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.bind((own, number))
+        except OSError:
+            listener.close()
+        else:
+            return listener
+    raise WorkerError(
+        f"all ports from {ports[0]} to {ports[1]} are taken on {own}.",
+        mend="Widen MODESEEK_INFERENCE_PORTS, or have fewer engines.",
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Coroutine, Mapping
@@ -53,13 +54,18 @@ class EngineSettings:
     max_length: int = 4096  # prompt and answer together; the model's own limit where that is lower
     cpus: float = 1.0
     gpus: float = 0.0
+    ports: tuple[int, int] = (0, 0)  # first and last that engines listen on; 0 = any
+    give_way_s: float = 30.0  # a job that waits for so long ends engines that were not used for so long
     status_every_s: float = 3.0
     stop_grace_s: float = 15.0  # then it counts as gone: its token is void
     call_timeout_s: float = 20.0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> EngineSettings:
-        """`MODESEEK_INFERENCE_IDLE_S`, `_MAX`, `_WAIT_S`, `_MAX_LENGTH`, `_CPUS`, `_GPUS`. Raises `ConfigError`."""
+        """`MODESEEK_INFERENCE_IDLE_S`, `_MAX`, `_WAIT_S`, `_MAX_LENGTH`, `_CPUS`, `_GPUS`, `_PORTS`.
+
+        Raises `ConfigError`.
+        """
         given = os.environ if environment is None else environment
         kinds: dict[str, tuple[str, type[int] | type[float], float]] = {
             "idle_s": ("IDLE_S", float, 1),
@@ -83,7 +89,19 @@ class EngineSettings:
                 raise ConfigError(
                     f"{text!r} is not a number of at least {least:g}.", param=name, mend="Mend or unset it."
                 )
+        if text := given.get("MODESEEK_INFERENCE_PORTS"):
+            values["ports"] = _ports(text)
         return cls(**values)
+
+
+def _ports(text: str) -> tuple[int, int]:
+    """`8450-8459`"""
+    match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", text)
+    if match is None or not 0 < int(match[1]) <= int(match[2]) < 2**16:
+        raise ConfigError(
+            f"{text!r} is no range of ports.", param="MODESEEK_INFERENCE_PORTS", mend="Write it as 8450-8459."
+        )
+    return int(match[1]), int(match[2])
 
 
 class EngineKeeper:
@@ -127,6 +145,7 @@ class EngineKeeper:
             elif now - self._asked_at.get(engine.id, 0.0) >= self.settings.status_every_s:
                 self._asked_at[engine.id] = now
                 self._start_task(engine, self._watch(engine))
+        await self._give_way(living, now)
         await self._sweep({engine.id for engine in living})
 
     async def close(self) -> None:
@@ -134,6 +153,23 @@ class EngineKeeper:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _give_way(self, living: list[EngineRecord], now: float) -> None:
+        """Jobs come first: engines that rest end while one has been waiting for its workers."""
+        resting = [
+            engine
+            for engine in living
+            if engine.state == "ready"
+            and engine.active == 0
+            and now - engine.used_at > self.settings.give_way_s
+        ]
+        if not resting:
+            return
+        starting = await asyncio.to_thread(self._store.jobs.in_states, "starting")
+        if any(now - job.state_at > self.settings.give_way_s for job in starting):
+            for engine in resting:
+                log.info("%s (%s) gives way to a job", engine.id, engine.model)
+                await asyncio.to_thread(self._store.engines.stop, engine.id)
 
     async def _sweep(self, living: set[str]) -> None:
         """Secrets and written-out checkpoints of engines that are gone."""
@@ -199,6 +235,7 @@ class EngineKeeper:
             lease_s=self._store.engines.lease_s,
             cpus=self.settings.cpus,
             gpus=self.settings.gpus,
+            ports=self.settings.ports,
         )
 
     async def _watch(self, engine: EngineRecord) -> None:

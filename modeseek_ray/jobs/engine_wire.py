@@ -70,3 +70,4 @@ class EngineSecret(Strict):
     lease_s: float
     cpus: float
     gpus: float
+    ports: tuple[int, int] = (0, 0)  # first and last it may listen on; 0 = any

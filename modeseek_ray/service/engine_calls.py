@@ -68,9 +68,9 @@ async def ask(service: Service, model: str, path: Path, question: Question) -> A
             service.wake()
             if begun or attempt == _TRIES - 1:
                 raise EngineFailedError(
-                    "the inference engine died while it answered.",
-                    mend="Ask again: another one is started. If it happens again, its log says why"
-                    " (often memory).",
+                    f"the inference engine {engine.id} died while it answered.",
+                    mend="Ask again: another one is started. If it happens again, `ray job logs` with that id"
+                    " says why (often memory).",
                 ) from None
 
 

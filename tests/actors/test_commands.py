@@ -15,7 +15,7 @@ from modeseek_ray.errors import ConfigError, DataError, ModeseekError
 from modeseek_ray.weights import PRESETS
 
 COMMANDS = (
-    "serve submit follow list show logs cancel pause resume check run rerank report doctor playground presets"
+    "serve submit follow ask list show logs cancel pause resume check run rerank report doctor playground presets"
     " keys tenants demo"
 ).split()
 

@@ -17,6 +17,7 @@ from modeseek_ray.jobs.engine_keeper import EngineKeeper, EngineSettings
 from modeseek_ray.jobs.errors import StaleFenceError, TokenError
 from modeseek_ray.jobs.launcher import LaunchStatus
 from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.records import EventDraft
 from modeseek_ray.jobs.store import Store
 from tests.modeseek_ray.service.conftest import write_model
 
@@ -200,6 +201,28 @@ async def test_a_directory_that_is_no_model_is_said_to_be_none(
     assert record.error is not None and record.error["code"] == "model_not_found"
 
 
+async def test_engines_that_rest_give_way_to_a_job_that_waits(world: Callable[..., World]) -> None:
+    here = world(give_way_s=30.0)
+    resting, writing = await here.start("a"), await here.start("b")
+
+    async def later(seconds: float) -> dict[str, str]:
+        here.now[0] += seconds
+        here.beat(resting)
+        here.beat(writing, active=1)
+        await here.settle()
+        return here.states()
+
+    job, _ = here.store.jobs.submit("ftjob-1", {"model": "m", "training_file": "f"})
+    for state in ("validating", "queued"):
+        job = here.store.jobs.move(job, state, EventDraft("", data={}))
+    assert set(await later(31)) == {"a", "b"}  # a job in the queue waits for other jobs
+    here.store.attempts.begin(job, "token")
+    assert set(await later(29)) == {"a", "b"}
+    assert await later(2) == {"b": "ready"}
+    record = here.store.engines.get(resting)
+    assert record is not None and record.outcome == "stopped"
+
+
 async def test_stopping_a_model_stops_its_engine(world: Callable[..., World]) -> None:
     here = world()
     engine = await here.start("a")
@@ -218,6 +241,9 @@ def test_settings_come_from_the_environment() -> None:
     }
     found = EngineSettings.from_environment(given)
     assert (found.idle_s, found.max_engines, found.gpus) == (20.0, 3, 0.5)
+    assert EngineSettings.from_environment({"MODESEEK_INFERENCE_PORTS": "8450-8459"}).ports == (8450, 8459)
+    with pytest.raises(ConfigError, match="MODESEEK_INFERENCE_PORTS"):
+        EngineSettings.from_environment({"MODESEEK_INFERENCE_PORTS": "8459-8450"})
     for bad in ("soon", "nan", "-1", "0"):
         with pytest.raises(ConfigError, match="MODESEEK_INFERENCE_IDLE_S"):
             EngineSettings.from_environment({"MODESEEK_INFERENCE_IDLE_S": bad})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from actors import main
+from modeseek_ray.errors import ModeseekError
 from modeseek_ray.jobs.engine_keeper import EngineKeeper, EngineSettings
 from modeseek_ray.jobs.launcher import LaunchStatus
 from tests.modeseek_ray.service.conftest import Running, wait_for
@@ -191,6 +196,43 @@ def test_completions_chats_streams_and_the_best_of_several(begin: Callable[..., 
     assert 'modeseek_engines{state="ready"} 1.0' in figures
     assert 'modeseek_answer_tokens_total{kind="completion"}' in figures
     assert "modeseek_engine_wait_seconds_count" in figures
+
+
+def test_the_command_line_asks_grades_and_says_what_is_wrong(
+    begin: Callable[..., Running], tmp_path: Path
+) -> None:
+    running = begin()
+
+    def ask(*arguments: str) -> str:
+        command = ["ask", model(running), "a", "--url", running.url, *arguments]
+        result = CliRunner().invoke(main.app, command)
+        if isinstance(result.exception, ModeseekError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    answer = json.loads(ask("--max-tokens", "3", "--seed", "3", "-n", "8", "--json"))
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    assert ask("--max-tokens", "3", "--seed", "3").split() == texts[:1]
+    assert ask("--max-tokens", "3", "--seed", "3", "--best-of", "8").split() == [min(texts)]
+    assert len(ask("--completion", "--max-tokens", "4").strip()) == 4
+
+    grader = tmp_path / "grader.yaml"
+    grader.write_text(yaml.safe_dump({"grader": IS_WANTED}))
+    item = json.dumps({"wanted": texts[5]})
+    graded = ask(
+        "--max-tokens", "3", "--seed", "3", "--best-of", "8", "--grader", str(grader), "--item", item
+    )
+    mean = texts.count(texts[5]) / 8
+    assert graded.splitlines() == ["reward 1", texts[5], f"8 answers graded, mean reward {mean:.3g}"]
+
+    with pytest.raises(ModeseekError, match="item"):
+        ask("--grader", str(grader))
+    with pytest.raises(ModeseekError, match="not JSON"):
+        ask("--grader", str(grader), "--item", "wanted: a")
+    with pytest.raises(ModeseekError) as refused:
+        ask("--max-tokens", "1000")
+    assert refused.value.code == "context_length_exceeded"
 
 
 def test_what_cannot_be_answered_is_refused_with_its_field_and_starts_nothing(

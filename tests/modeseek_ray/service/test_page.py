@@ -169,6 +169,25 @@ def test_a_stream_may_be_cut_anywhere() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_an_answer_is_read_as_it_is_written_and_an_error_in_it_is_thrown() -> None:
+    done = run_node(r"""
+        import assert from "node:assert";
+        import { pieces } from "./ask.js";
+        const piece = (content) => `data: ${JSON.stringify({ choices: [{ delta: { content } }] })}\n\n`;
+        const all = piece("") + piece("zwei") + piece(" Wörter") + 'data: {"choices":[]}\n\ndata: [DONE]\n\n';
+        const bytes = new TextEncoder().encode(all);
+        for (let cut = 0; cut <= bytes.length; cut += 7) {
+          const body = new Blob([bytes.slice(0, cut), bytes.slice(cut)]).stream();
+          const read = [];
+          for await (const text of pieces({ body })) read.push(text);
+          assert.equal(read.join(""), "zwei Wörter");
+        }
+        const broken = new Response(piece("a") + 'data: {"error":{"code":"engine_lost","message":"m"}}\n\n');
+        await assert.rejects(async () => { for await (const _ of pieces(broken)); }, { code: "engine_lost" });
+    """)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_front_is_that_of_the_reports() -> None:
     """The worked example of `modeseek_ray.retention.pareto_front`."""
     done = run_node("""

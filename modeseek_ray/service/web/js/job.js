@@ -1,6 +1,7 @@
 // One job: where it is, what it learns and forgets, what its rows count, what it was asked.
 
 import { act, download, jobPath, supports } from "./api.js";
+import { askSection } from "./ask.js";
 import { onThemeChange } from "./chart.js";
 import { announce, h, put, say } from "./dom.js";
 import { Feed } from "./feed.js";
@@ -27,12 +28,13 @@ export function jobView(place, jobId) {
   const checkpoints = checkpointsSection(jobId);
   const rows = rowsSection(jobId);
   const rollouts = rolloutsSection();
+  const trial = askSection();
   put(place,
     h("div.heading", {}, heading, status, h("span.stretch"), actions), problem, bar, facts, connection,
     h("section", { "aria-labelledby": "curves" }, h("h2", { id: "curves" }, "Curves"), gallery.node),
     h("section", { "aria-labelledby": "history" }, h("h2", { id: "history" }, "What happened"),
       h("div.scroll.tall", { tabindex: 0, role: "group", "aria-label": "What happened, newest first" }, log)),
-    rollouts.node, rows.node, checkpoints.node, record);
+    trial.node, rollouts.node, rows.node, checkpoints.node, record);
   const feed = new Feed(jobId, draw);
   const unwatch = onThemeChange(() => gallery.restyle());
   let before = null;
@@ -62,6 +64,7 @@ export function jobView(place, jobId) {
     put(problem, job.error ? notice(job.error, "The job failed.") : "");
     put(record, ...configurationOf(job), ...downloadsOf(job));
     drawActions(job);
+    trial.draw(job.status === "succeeded" ? job.fine_tuned_model : null);
     checkpoints.load();
     rows.load(hasEnded(job));
   }
