@@ -24,8 +24,9 @@ from actors.pools import TrainerPool
 from actors.reward_model import ClassifierPool, RewardModelSpec
 from actors.roles import Source
 from actors.rounds import FrozenRounds
+from actors.score_cache import Scores
 from actors.scorers import ScorerPool
-from actors.scoring import ScoringSpec, score_dataset
+from actors.scoring import ScoringSpec, score_dataset, scores_of
 from actors.sources import DatasetSource, probe_groups
 from actors.trainer import TrainerSpec
 from modeseek_ray.config import JobConfig
@@ -279,9 +280,10 @@ class Attempt:
         """Fill in log pi_0 and log mu-hat where the weighting looks at them, once per data set."""
         wanted = needs(self._config.weighting)
         if "initial" in wanted:
-            dataset = dataset.with_columns(
-                log_reference_N=await self._log_probs(dataset, self._spec.model_path, "the starting model")
-            )
+            scores = await self._scores(dataset, self._spec.model_path, "the starting model")
+            dataset = dataset.with_columns(log_reference_N=scores.log_prob_N)
+            if scores.routes_N is not None:
+                dataset = dataset.with_start_routes(scores.routes_N)
         if "behavior" in wanted and dataset.log_behavior_N is None:
             if self._spec.behavior_model_path is None:
                 raise ConfigError(
@@ -290,18 +292,20 @@ class Attempt:
                     mend="Give each row `logprobs`, or name the SFT checkpoint that stands for the data.",
                 )
             dataset = dataset.with_columns(
-                log_behavior_N=await self._log_probs(
-                    dataset, self._spec.behavior_model_path, "the model of the data"
-                )
+                log_behavior_N=(
+                    await self._scores(
+                        dataset, self._spec.behavior_model_path, "the model of the data", with_routes=False
+                    )
+                ).log_prob_N
             )
         return dataset
 
-    async def _log_probs(self, dataset: Dataset, model: Path, name: str) -> FloatArray:
+    async def _scores(self, dataset: Dataset, model: Path, name: str, *, with_routes: bool = True) -> Scores:
         await self._journal.section("score", deadline_s=SCORING_DEADLINE_S)
         await self._journal.message(f"Scoring {len(dataset.samples)} samples under {name}.")
-        return await score_dataset(
+        return await scores_of(
             dataset.samples,
-            self._scoring_spec(model),
+            self._scoring_spec(model, with_routes=with_routes),
             cache_dir=self._spec.cache / "scores",
             num_scorers=self._config.resources.scorers,
             on_ray=self._placement.on_ray,
@@ -309,7 +313,7 @@ class Attempt:
             progress=self._journal.progress("Scored {done:,} of {total:,} samples."),
         )
 
-    def _scoring_spec(self, model: Path) -> ScoringSpec:
+    def _scoring_spec(self, model: Path, *, with_routes: bool = False) -> ScoringSpec:
         resources = self._config.resources
         return ScoringSpec(
             model_path=str(model),
@@ -318,6 +322,7 @@ class Attempt:
             micro_batch_tokens=resources.micro_batch_tokens,
             cpus_per_worker=resources.cpus_per_worker,
             gpus_per_worker=resources.gpus_per_worker,
+            with_routes=with_routes and self._objective.routing_replay == "R0",
         )
 
     def _trainer_spec(self) -> TrainerSpec:
@@ -346,7 +351,7 @@ class Attempt:
         await self._journal.section("export", deadline_s=3600)
         await trainer.export(self._export_path)
         expected_N = np.empty(len(samples))
-        for group in await trainer.score(probe_groups(samples, self._placement.put)):
+        for group in await trainer.score_live(probe_groups(samples, self._placement.put)):
             # A group gathers the rows of a prompt; the check reads them in their own order.
             expected_N[group.payload.index_N] = group.log_policy_N
         return Exported(list(samples), expected_N, await trainer.weights_sha256())
@@ -399,7 +404,8 @@ def objective_of(config: JobConfig) -> Objective:
         temperature=1.0 if online is None else online.rollout.temperature,
         clip=None if clip is None else RatioClip(**clip.model_dump()),
         mismatch=None if mismatch is None else _mismatch(mismatch),
-        routing_replay=None if online is None else online.routing_replay,
+        routing_replay=config.routing_replay,
+        router_aux_loss_coef=config.training.router_aux_loss_coef,
         delta_of=first_order_ratio(weighting),
         sample_kl="distance" in needs(weighting),
     )

@@ -107,7 +107,9 @@ class OnlineAttempt(Attempt):
         trainer = await self._placement.trainers(self._trainer_spec(), resources.trainers)
         reference = None
         if scorers:
-            reference = await self._placement.scorers(self._scoring_spec(self._spec.model_path), scorers)
+            reference = await self._placement.scorers(
+                self._scoring_spec(self._spec.model_path, with_routes=True), scorers
+            )
         return trainer, await self._placement.generators(spec, resources.generators), reference
 
     async def _start(self, generator: GeneratorPool, channel: VerifiedChannel) -> None:
@@ -147,10 +149,12 @@ def generator_spec(config: JobConfig, model_path: str, max_length: int, **change
         "dtype": resources.dtype if resources.generator_dtype == "auto" else resources.generator_dtype,
         "seed": config.seed,
         "max_length": max_length,
-        "with_routes": online is not None and online.routing_replay is not None,
+        "with_routes": online is not None and online.routing_replay in ("R2", "R3"),
         "ratios_used": online is not None and online.uses_ratios,
         "kv_cache_gib": None if resources.gpus_per_worker else resources.kv_cache_gib,
         "tensor_parallel": resources.tensor_parallel,
+        "expert_parallel": resources.expert_parallel,
+        "sleeps": resources.colocated and online is not None,
         "cpus_per_worker": resources.cpus_per_worker,
         "gpus_per_worker": resources.gpus_per_worker,
     }

@@ -20,6 +20,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from actors.bundles import layout_of
 from actors.generator import GeneratorEngine, GeneratorSpec
 from actors.generator_pool import GeneratorPool
 from actors.nodes import Shared, look, refuse_blind
@@ -121,19 +122,19 @@ class RayPlacement:
         and then waited for the other's CPUs to start generators would wait for ever. `classifiers` has
         one entry a worker.
         """
-        own = _bundle_of(self._resources.cpus_per_worker, self._resources.gpus_per_worker)
-        bundles = [own] * (trainers + scorers)
-        if generator is not None:
-            gpus = generator.gpus_per_worker * generator.tensor_parallel
-            bundles += [_bundle_of(generator.cpus_per_worker, gpus)] * generators
-        last_generator = len(bundles)
-        bundles += [_bundle_of(spec.cpus_per_worker, spec.gpus_per_worker) for spec in classifiers]
-        group = await self._reserve(bundles)
-        seats: list[Seat] = [(group, index) for index in range(len(bundles))]
-        first_generator = trainers + scorers
-        self._trainer_seats, self._scorer_seats = seats[:trainers], seats[trainers:first_generator]
-        self._generator_seats = seats[first_generator:last_generator]
-        self._classifier_seats = seats[last_generator:]
+        layout = layout_of(
+            self._resources,
+            trainers=trainers,
+            scorers=scorers,
+            generators=generators,
+            generator=generator,
+            classifiers=classifiers,
+        )
+        group = await self._reserve(layout.bundles)
+        self._trainer_seats = [(group, index) for index in layout.trainers]
+        self._scorer_seats = [(group, index) for index in layout.scorers]
+        self._generator_seats = [(group, index) for index in layout.generators]
+        self._classifier_seats = [(group, index) for index in layout.classifiers]
 
     def put(self, block: Any) -> Any:
         return ray.put(block)
@@ -234,7 +235,7 @@ class RayPlacement:
             )
             for index, seat in enumerate(seats)
         ]
-        return ScorerPool(workers, spec.micro_batch_tokens)
+        return ScorerPool(workers, spec.micro_batch_tokens, with_routes=spec.with_routes)
 
     async def close(self) -> None:
         for group in self._groups:
@@ -350,10 +351,6 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     else:
         # Logical CPUs: a laptop's two cores hold more small workers than that, only slower.
         ray.init(num_cpus=num_cpus or max(8, os.cpu_count() or 1), **common)
-
-
-def _bundle_of(cpus: float, gpus: float) -> dict[str, float]:
-    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
 
 
 def _total(bundles: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from actors.rng import restore_rng, rng_state
@@ -106,10 +107,30 @@ def norm_after_clipping(norm: float, limit: float) -> float:
     return norm * min(1.0, limit / (norm + 1e-6))
 
 
+def mark_leaf_modules(module: nn.Module) -> list[type[nn.Module]]:
+    """Tell ZeRO-3 of blocks that hold each expert as a module of its own. Returns their classes.
+
+    Ranks' tokens ask different experts; fetched one by one, a rank would wait for ever for others that do
+    not run this expert. A leaf is fetched whole. transformers holds all experts of a layer in one stacked
+    parameter, so none of its own families needs it.
+    """
+    classes = {
+        type(block)
+        for block in module.modules()
+        if isinstance(getattr(block, "experts", None), nn.ModuleList)
+    }
+    found = sorted(classes, key=lambda c: c.__qualname__)
+    if found:
+        set_z3_leaf_modules(module, found)
+    return found
+
+
 class ZeroEngine:
     """A module under DeepSpeed ZeRO 0-3: forward, exact backward, one optimizer step, gather, save."""
 
     def __init__(self, module: nn.Module, config: dict[str, Any], world_size: int) -> None:
+        if config["zero_optimization"]["stage"] == 3:
+            mark_leaf_modules(module)
         trainable = [p for p in module.parameters() if p.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=trainable, config=config, dist_init_required=False

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,11 +23,13 @@ from actors.engine import ZeroEngine
 from actors.lora import adapters_off
 from modeseek_ray.config import Resources
 from modeseek_ray.data.batching import pack
+from modeseek_ray.errors import ModelError
 from modeseek_ray.objectives.collate import Batch, collate
 from modeseek_ray.objectives.logprobs import TokenScores
 from modeseek_ray.objectives.loss import sum_by_sample
-from modeseek_ray.objectives.model import Reference, ScoringModel
-from modeseek_ray.routing.hooks import Recording, record_routes, replay_routes
+from modeseek_ray.objectives.model import Reference, ScoringModel, unwrap
+from modeseek_ray.routing.balance import LoadBalancing
+from modeseek_ray.routing.hooks import Recording, Replay, record_routes, replay_routes
 from modeseek_ray.routing.wire import Routes, batch_routes
 from modeseek_ray.types import FloatArray, IntArray, Objective, Sample
 
@@ -56,6 +58,10 @@ class Forward:
     scores: TokenScores
     log_reference_M: Tensor | None = None  # under pi_0, where a token factor asks for it
     routes_BSLK: NDArray[np.int16] | None = None  # where they were recorded
+    load_L: tuple[IntArray, ...] | None = (
+        None  # MoE, in training: tokens of each expert by routers' own choice
+    )
+    balance: Tensor | None = None  # the load-balancing loss, with gradient, where it is asked for
 
     @property
     def is_dummy(self) -> bool:
@@ -82,13 +88,20 @@ class ForwardPasses:
         resources: Resources,
         frozen: ScoringModel | None = None,
     ) -> None:
-        """`frozen` is pi_0 where the objective needs it beside the policy and there is no adapter to switch off."""
+        """`frozen` is pi_0 where the objective needs it beside the policy and there is no adapter to switch off.
+
+        Raises `ModelError` for a load-balancing loss of a model that has none.
+        """
         self._engine = engine
         self._module = module
         self._objective = objective
         self._resources = resources
         self._frozen = frozen
         self._frozen_head = None if frozen is None else frozen.frozen_head()
+        self._routed_model = has_routes(module)
+        self._balancing = None
+        if objective.router_aux_loss_coef > 0:
+            self._balancing = LoadBalancing.of(module, unwrap(module.model))
 
     def cut(self, samples: Sequence[Sample]) -> list[IntArray]:
         """Micro-batches of this rank, filled up with empty ones to the most any rank has. Collective."""
@@ -122,11 +135,11 @@ class ForwardPasses:
             if start is not None and start.hidden_M is not None and start_kl:
                 reference = Reference(start.hidden_M, "both", self._frozen_head)
             self._module.eval()
-            with torch.no_grad(), self._routed(index_B, batch, routing) as recording:
+            with torch.no_grad(), self._routed(index_B, batch, routing) as observed:
                 scores = self._module(
                     *_inputs(batch), entropy=entropy, keep_hidden=keep_hidden, reference=reference
                 )
-            yield _with_routes(Forward(index_B, batch, scores, log_reference_M), recording)
+            yield _with_routes(Forward(index_B, batch, scores, log_reference_M), routing, observed)
 
     def train(
         self,
@@ -142,23 +155,34 @@ class ForwardPasses:
             batch = self._collate(samples, index_B)
             reference, log_reference_M = self._reference(batch, log_reference)
             self._module.train()
-            with self._routed(index_B, batch, routing) as recording:
+            watching: AbstractContextManager[list[Tensor]] = nullcontext([])
+            if self._balancing is not None:
+                watching = self._balancing.watching()
+            with self._routed(index_B, batch, routing, watch=True) as observed, watching as logits:
                 scores = self._engine.forward(
                     *_inputs(batch), entropy=True, statistics=statistics, reference=reference
                 )
-            yield _with_routes(Forward(index_B, batch, scores, log_reference_M), recording)
+            forward = Forward(index_B, batch, scores, log_reference_M)
+            if self._balancing is not None:
+                balance = self._balancing.loss(logits, batch.attention_mask_BS)
+                forward = replace(forward, balance=balance)
+            if observed is not None and len(index_B):
+                forward = replace(forward, load_L=observed.load(batch.attention_mask_BS))
+            yield _with_routes(forward, routing, observed)
 
     @contextmanager
-    def _routed(self, index_B: IntArray, batch: Batch, routing: Routing) -> Iterator[Recording | None]:
+    def _routed(
+        self, index_B: IntArray, batch: Batch, routing: Routing, *, watch: bool = False
+    ) -> Iterator[Recording | Replay | None]:
         """The one forward pass of a micro-batch goes in here. Recomputation in the backward pass takes the
-        same routes after the context was left."""
+        same routes after the context was left. `watch`: observe an MoE model whatever its routes are."""
         replayed_N = routing.replayed_N
         given_B = [] if replayed_N is None else [replayed_N[i] for i in index_B]
         if any(routes is not None for routes in given_B):
             routes_BSLK = batch_routes(given_B, batch.input_ids_BS.shape[1])
-            with replay_routes(self._module, routes_BSLK):
-                yield None
-        elif routing.record and len(index_B):
+            with replay_routes(self._module, routes_BSLK, keep_live=watch) as replay:
+                yield replay if watch else None
+        elif (routing.record or (watch and self._routed_model)) and len(index_B):
             with record_routes(self._module) as recording:
                 yield recording
         else:
@@ -213,8 +237,19 @@ def fingerprint(sample: Sample) -> bytes:
     return digest.digest()
 
 
-def _with_routes(forward: Forward, recording: Recording | None) -> Forward:
-    return forward if recording is None else replace(forward, routes_BSLK=recording.routes)
+def has_routes(module: ScoringModel) -> bool:
+    """Whether it is an MoE model whose routes can be seen."""
+    try:
+        record_routes(module)
+    except ModelError:
+        return False
+    return True
+
+
+def _with_routes(forward: Forward, routing: Routing, observed: Recording | Replay | None) -> Forward:
+    if routing.record and isinstance(observed, Recording):
+        return replace(forward, routes_BSLK=observed.routes)
+    return forward
 
 
 def _inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

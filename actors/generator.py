@@ -59,8 +59,11 @@ class GeneratorSpec:
     max_num_seqs: int = 128  # completions written at once; as many again wait inside the engine
     kv_cache_gib: float | None = None  # None: 1 GiB on the CPU, what is left of the memory on a GPU
     tensor_parallel: int = 1  # GPUs of one engine
+    expert_parallel: bool = False  # MoE: whole experts are dealt out over the tensor-parallel GPUs
     cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0  # of each tensor-parallel part
+    gpus_per_worker: float = 0.0  # of each tensor-parallel part; a fraction is a share of the device's memory
+    # Between rollouts the engine gives its GPU's memory up, for the trainer it shares the device with.
+    sleeps: bool = False
     # How new weights come: chunks through the object store, or vLLM's own NCCL broadcast between GPUs.
     transfer: Literal["chunks", "nccl"] = "chunks"
     # What log-probabilities are of: the distribution really drawn from (after temperature and top_p),
@@ -246,6 +249,21 @@ class GeneratorEngine:
         except Exception as error:
             self._broke(error)
         self._version, self._update = version, None
+
+    def sleep(self) -> None:
+        """Give the device's memory up: weights go to host memory, what is cached is forgotten. Nothing on a CPU."""
+        self._refuse_busy("sleep")
+        try:
+            self._llm.sleep()
+        except Exception as error:
+            self._broke(error)
+
+    def wake(self) -> None:
+        """Be as before `sleep`, at the same version."""
+        try:
+            self._llm.wake()
+        except Exception as error:
+            self._broke(error)
 
     def native(self, method: str, arguments: Mapping[str, Any]) -> None:
         """One of vLLM's own weight-transfer calls; `weight_sync.NcclTransfer` says in which order."""

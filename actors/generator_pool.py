@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from actors.generator import GeneratorSpec, Request, requests_of
 from actors.pools import Worker
+from actors.rest import Rest
 from actors.weight_chunks import WeightRelease
 from modeseek_ray.errors import WorkerError
 from modeseek_ray.types import Completion, Prompt
@@ -95,6 +96,7 @@ class GeneratorPool:
         self._held: Literal["drain", "restart"] | None = None
         self._changed = asyncio.Condition()
         self._broken: BaseException | None = None
+        self._rest = Rest(self._rest_or_wake, sleeps=spec.sleeps)
         self.num_replaced = 0
         self.num_written = 0  # completions, of all engines
 
@@ -122,15 +124,16 @@ class GeneratorPool:
         """
         self._refuse_broken()
         works = [self._work(prompt, round_) for prompt in prompts]
-        async with self._changed:
-            self._queue.extend(works)
-            self._changed.notify_all()
-        try:
-            await asyncio.gather(*(work.done for work in works))
-        except BaseException:
-            for work in works:  # nobody waits for the others any more
-                work.done.cancel()
-            raise
+        async with self._rest.awake():
+            async with self._changed:
+                self._queue.extend(works)
+                self._changed.notify_all()
+            try:
+                await asyncio.gather(*(work.done for work in works))
+            except BaseException:
+                for work in works:  # nobody waits for the others any more
+                    work.done.cancel()
+                raise
         return [[c for c in work.written if c is not None] for work in works]
 
     async def hold(self, mode: Literal["drain", "restart"] = "drain") -> None:
@@ -140,6 +143,8 @@ class GeneratorPool:
         thrown away and asked for again after `release`; the new version then writes all of it.
         """
         self._refuse_broken()
+        if self._held is None:
+            await self._rest.enter()
         async with self._changed:
             self._held = mode
             self._changed.notify_all()
@@ -165,15 +170,34 @@ class GeneratorPool:
     async def score(self, sequences: Sequence[NDArray[np.int32]]) -> list[list[NDArray[np.float64]]]:
         """By engine: log-probability of each token but the first, at temperature one. Await `hold` before."""
 
-        async def ask(engine: _Engine) -> list[NDArray[np.float64]]:
-            while True:
-                try:
-                    answer: list[NDArray[np.float64]] = await engine.worker.call("score", sequences)
-                    return answer
-                except WorkerError as error:
-                    await self._replace(engine, error)
+        asked = (self._insist(engine, "score", sequences) for engine in self._engines)
+        return list(await asyncio.gather(*asked))
 
-        return list(await asyncio.gather(*(ask(engine) for engine in self._engines)))
+    async def _insist(self, engine: _Engine, method: str, *args: Any) -> Any:
+        """Ask an engine at rest, and whichever takes its place, until one answers."""
+        while True:
+            try:
+                return await engine.worker.call(method, *args)
+            except WorkerError as error:
+                await self._replace(engine, error)
+
+    async def _rest_or_wake(self, method: str) -> None:
+        """`sleep` or `wake` on every engine, once nothing is inside any; nothing where the pool is broken."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._broken is not None or all(engine.at_rest for engine in self._engines)
+            )
+        if self._broken is None:
+            await asyncio.gather(*(self._rest_one(engine, method) for engine in self._engines))
+
+    async def _rest_one(self, engine: _Engine, method: str) -> None:
+        """A new engine in the place of one that died of it is awake."""
+        try:
+            await engine.worker.call(method)
+        except WorkerError as error:
+            await self._replace(engine, error)
+            if method == "sleep":
+                await self._insist(engine, method)
 
     async def call_all(self, method: str, *args: Any) -> list[Any]:
         """The same call on every engine; nothing is redone or replaced. Await `hold` before."""
@@ -188,8 +212,10 @@ class GeneratorPool:
         """Write again, from now on as `version`: that of the installed weights, or the old one."""
         async with self._changed:
             self._version = version
-            self._held = None
+            was_held, self._held = self._held is not None, None
             self._changed.notify_all()
+        if was_held:
+            await self._rest.leave()
 
     async def refuse(self, error: BaseException) -> None:
         """Write no more: the weights inside the engines are not what they should be."""

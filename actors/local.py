@@ -140,7 +140,8 @@ class LocalPlacement:
         """One frozen model, however many the job asks for: they would share this process's cores."""
         from actors.reference import ReferenceModel
 
-        return ScorerPool([LocalWorker(lambda: ReferenceModel(spec), "scorer")], spec.micro_batch_tokens)
+        worker = LocalWorker(lambda: ReferenceModel(spec), "scorer")
+        return ScorerPool([worker], spec.micro_batch_tokens, with_routes=spec.with_routes)
 
     async def close(self) -> None:
         """Nothing outlives the workers, which their pools stop."""

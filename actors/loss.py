@@ -26,14 +26,21 @@ class Share(NamedTuple):
 
     loss: Tensor  # float64 scalar
     ratio: DeltaSums
+    balance: float = 0.0  # of the load-balancing loss, before its coefficient
 
 
 def loss_share(
-    objective: Objective, plan: StepPlan, forward: Forward, past_N: Sequence[Past] | None, num_tokens: int
+    objective: Objective,
+    plan: StepPlan,
+    forward: Forward,
+    past_N: Sequence[Past] | None,
+    num_tokens: int,
+    num_positions: int = 0,
 ) -> Share:
     """`num_tokens` is the global batch's; `past_N` the rank's samples when the batch was begun, if it was.
 
-    The token factor, the staleness clip and the mismatch factor are multiplied; all are detached.
+    `num_positions` are the global batch's tokens, trained or not: a micro-batch's load-balancing loss counts
+    by its share of them. The token factor, the staleness clip and the mismatch factor are multiplied; all are detached.
     A dummy's share is zero, and needs no past.
     """
     batch, scores = forward.batch, forward.scores
@@ -82,7 +89,14 @@ def loss_share(
     if scores.kl_M is not None:
         coefficient = 0.0 if forward.is_dummy else plan.kl_coefficient
         loss = loss + coefficient * scores.kl_M.double().sum() / num_tokens
-    return Share(loss, ratio)
+    balance = 0.0
+    if forward.balance is not None:
+        # A dummy's is multiplied by zero, not left out: ZeRO-3's collectives run along its graph, too.
+        own = 0 if forward.is_dummy else batch.num_positions - batch.num_padded
+        share = forward.balance.double() * (own / max(num_positions, 1))
+        loss = loss + objective.router_aux_loss_coef * share
+        balance = float(share.detach())
+    return Share(loss, ratio, balance)
 
 
 def _times(factor_M: Tensor | None, other_M: Tensor) -> Tensor:

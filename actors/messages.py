@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from modeseek_ray.objectives.deltas import DeltaSums
+from modeseek_ray.routing.compare import RouterLoad
 from modeseek_ray.types import BoolArray, FloatArray, IntArray
 
 # A worker is handed blocks of samples and picks into them: (which block, which sample of it).
@@ -71,6 +72,15 @@ class RankBeginning:
         }
 
 
+def add_loads(
+    one_L: tuple[IntArray, ...] | None, other_L: tuple[IntArray, ...] | None
+) -> tuple[IntArray, ...] | None:
+    """Counts of two passes together; None is a pass that saw no tokens, or a dense model's."""
+    if one_L is None or other_L is None:
+        return one_L or other_L
+    return tuple(a + b for a, b in zip(one_L, other_L, strict=True))
+
+
 @dataclass(frozen=True)
 class RankReport:
     """One rank's share of an optimizer step. Everything is a sum, except the global gradient norm."""
@@ -87,6 +97,18 @@ class RankReport:
     entropy_sum: float | None = None  # of the policy over trained positions, nats
     seconds: Mapping[str, float] = field(default_factory=dict)
     ratio: DeltaSums = field(default_factory=DeltaSums)  # pi_theta / pi_old, where the batch was begun
+    load_L: tuple[IntArray, ...] | None = None  # MoE: tokens of each expert, router by router, live choice
+    balance: float | None = None  # this rank's share of the load-balancing loss, where it is on
+
+    @classmethod
+    def routing(cls, parts: Sequence[RankReport]) -> dict[str, float]:
+        """How evenly experts are used in the whole batch, and what the balancing loss is."""
+        load_L: tuple[IntArray, ...] | None = None
+        for part in parts:
+            load_L = add_loads(load_L, part.load_L)
+        figures = {} if load_L is None else RouterLoad.of(load_L).metrics("routes")
+        balances = [p.balance for p in parts if p.balance is not None]
+        return {**figures, "routes/balancing_loss": sum(balances)} if balances else figures
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,18 @@ class StepPasses:
             yield forward
         self._kept = kept
 
+    def under_start_routes(self, samples: Sequence[Sample]) -> Iterator[Forward]:
+        """R0: without gradient, under the experts that pi_0 asks. Replay rows, outside of ratios, may go live."""
+        self._kept = None
+        require(samples, "start_routes_TLK", "routes of the start, which `routing_replay: R0` replays")
+        return self._passes.infer(samples, routing=Routing([s.start_routes_TLK for s in samples]))
+
     def of_step(
         self, samples: Sequence[Sample], past_N: Sequence[Past] | None
     ) -> tuple[int, Iterator[Forward]]:
         """How many micro-batches, and their passes: the kept ones if they are of these samples.
 
-        R3 asks the sampler's experts, R2 those recorded in `past_N`.
+        R3 asks the sampler's experts, R2 those recorded in `past_N`; otherwise, R0 included, they are live.
         """
         kept, self._kept = self._kept, None
         if kept is not None and kept.fingerprints == [fingerprint(s) for s in samples]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,10 +118,20 @@ class Policy:
         self._start.remember(samples, self._passes.infer(samples, keep_hidden=True), head)
 
     def score(self, samples: Sequence[Sample]) -> FloatArray:
-        """log pi_theta summed over trained tokens, [N] float64, without dropout; may keep graphs for `step`."""
+        """log pi_theta summed over trained tokens, [N] float64, without dropout; may keep graphs for `step`.
+
+        Under R0 the routes are pi_0's, and no graph is kept: steps route live.
+        """
         self._seconds = Seconds()
         with self._seconds.measure("score"):
+            if self._spec.objective.routing_replay == "R0":
+                return log_probs(len(samples), self._step_passes.under_start_routes(samples))
             return log_probs(len(samples), self._step_passes.scoring(samples))
+
+    def score_live(self, samples: Sequence[Sample]) -> FloatArray:
+        """The same as somebody computes who loads the export: every router chooses for itself."""
+        self._step_passes.let_go()
+        return log_probs(len(samples), self._passes.infer(samples))
 
     def begin(self, samples: Sequence[Sample]) -> RankBeginning:
         """`score`, keeping on this rank what steps on any of these samples are compared with.
@@ -131,7 +142,8 @@ class Policy:
         (`objectives/README.md`).
 
         R3 replays the sampler's routes here and in the steps; with `compare_routes` a second pass, without
-        gradient, measures what live routes would have been.
+        gradient, measures what live routes would have been. R0's log pi_theta is of a pass of its own, under
+        pi_0's routes: what steps are compared with is routed as they are, live.
         """
         self._begun.clear()
         self._seconds = Seconds()
@@ -142,17 +154,21 @@ class Policy:
                 samples, "log_behavior_T", "log-probabilities of its sampler, which `mismatch` corrects for"
             )
         measured = Measured(samples, self._spec.objective)
+        log_policy_N = None
         with self._seconds.measure("score"):
+            if replay == "R0":
+                log_policy_N = log_probs(len(samples), self._step_passes.under_start_routes(samples))
             if replay == "R3" and self._spec.compare_routes:  # first: no pass may come after kept graphs
                 measured.add_live(self._passes.infer(samples, routing=Routing(record=True)))
-            record = replay == "R2" or (replay is None and carried)
+            record = replay == "R2" or (replay in (None, "R0") and carried)
             if self._spec.objective.sample_kl:  # before graphs are kept, likewise
                 measured.add_distances(self._passes.infer(samples, start_kl=True))
             over_start = self._spec.objective.delta_over_start
             for forward in self._step_passes.scoring(samples, record=record, log_reference=over_start):
                 self._begun.keep(samples, forward)
                 measured.add(forward)
-        return measured.result()
+        result = measured.result()
+        return result if log_policy_N is None else replace(result, log_policy_N=log_policy_N)
 
     def score_reference(self, samples: Sequence[Sample]) -> FloatArray:
         """log pi_0, [N] float64, with the adapter off."""
@@ -180,11 +196,14 @@ class Policy:
         seconds, self._seconds = self._seconds, Seconds()
         count, forwards = self._step_passes.of_step(samples, past_N)
         num_tokens = self.engine.total(sum(s.num_tokens for s in samples))
+        num_positions = 0
+        if self._spec.objective.router_aux_loss_coef > 0:
+            num_positions = self.engine.total(sum(s.length for s in samples))
         tally = Tally()
         for position in range(count):
             with seconds.measure("forward"):
                 forward = next(forwards)
-                share = loss_share(self._spec.objective, plan, forward, past_N, num_tokens)
+                share = loss_share(self._spec.objective, plan, forward, past_N, num_tokens, num_positions)
                 tally.add(forward, share)
             with seconds.measure("backward"):
                 self.engine.backward(share.loss, last=position == count - 1)

@@ -159,8 +159,15 @@ class TrainerPool:
         await self._each("remember_start", [(s.picks, *blocks) for s in shards])
 
     async def score(self, groups: Sequence[Group]) -> list[Group]:
+        return await self._scored(groups, "score")
+
+    async def score_live(self, groups: Sequence[Group]) -> list[Group]:
+        """`score` without replayed routes: what somebody computes who loads the export."""
+        return await self._scored(groups, "score_live")
+
+    async def _scored(self, groups: Sequence[Group], method: str) -> list[Group]:
         shards, blocks = self._split(groups)
-        answers = await self._each("score", [(s.picks, *blocks) for s in shards])
+        answers = await self._each(method, [(s.picks, *blocks) for s in shards])
         log_policy_N = np.empty(sum(len(g) for g in groups))
         for shard, log_prob_n in zip(shards, answers, strict=True):
             log_policy_N[shard.order_N] = log_prob_n
@@ -303,7 +310,11 @@ def _sum_reports(plan: StepPlan, reports: Sequence[RankReport], begun: Mapping[s
         kl_nats=sum(kl_sums) / max(num_tokens, 1) if kl_sums else None,
         entropy=sum(entropies) / max(num_tokens, 1) if entropies else None,
         seconds={name: max(r.seconds.get(name, 0.0) for r in reports) for name in parts},
-        figures={**begun, **sum((r.ratio for r in reports), DeltaSums()).figures("ratio")},
+        figures={
+            **begun,
+            **sum((r.ratio for r in reports), DeltaSums()).figures("ratio"),
+            **RankReport.routing(reports),
+        },
     )
 
 

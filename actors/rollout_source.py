@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -121,14 +121,11 @@ class RolloutSource:
         return self._figures
 
     def recent(self, count: int) -> list[Sample]:
-        """Samples of the newest round that was handed out: what to check an export with.
-
-        Under live routes: those they were written under are of older weights than the export's.
-        """
+        """Samples of the newest round that was handed out: what to check an export with."""
         for number in reversed(range(self._handed_out)):
             rollouts = self._store.read(number, self._prompts)
             if rollouts:
-                return [_with_live_routes(_sample(r, -1)) for r in rollouts[:count]]
+                return [_sample(r, -1) for r in rollouts[:count]]
         return []
 
     def observe(self, groups: Sequence[Group], weights: Weights) -> None:
@@ -298,12 +295,6 @@ def _sample(rollout: Rollout, group: int) -> Sample:
         weight_version=rollout.completion.weight_version,
         routes_TLK=rollout.completion.routes_TLK,
     )
-
-
-def _with_live_routes(sample: Sample) -> Sample:
-    if sample.routes_TLK is None:
-        return sample
-    return replace(sample, routes_TLK=np.full(sample.routes_TLK.shape, -1, dtype=np.int16))
 
 
 def _group(samples: Sequence[Sample], index_N: IntArray, block: Any) -> Group:

@@ -10,35 +10,44 @@ forward passes and give the same bits; a scorer that died has its block computed
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from actors.reference import ReferenceModel, ScoringSpec
+from actors.score_cache import (
+    MICRO_BATCHES_PER_BLOCK,
+    Scores,
+    cache_key,
+    read_scores,
+    routes_columns,
+    routes_of,
+    write_scores,
+)
 from modeseek_ray.data.batching import pack
 from modeseek_ray.errors import ModeseekError, NumericsError, WorkerError
+from modeseek_ray.routing.wire import Routes
 from modeseek_ray.types import FloatArray, IntArray, Sample
 
-MICRO_BATCHES_PER_BLOCK = 4  # a block is what a scorer takes at once and what is computed again if it dies
 STALL_S = 1800.0
-_FORMAT = 1  # of the cache; raise it when the same inputs give other scores
-_KEY = b"modeseek_scores_key"
 
 Progress = Callable[[int, int], None]  # samples done, samples in all
-Scored = tuple[IntArray, FloatArray]  # positions in the data set, their log-probabilities
 
 _log = logging.getLogger(__name__)
+
+
+class Scored(NamedTuple):
+    """What a block gave: positions in the data set, their log-probabilities, their routes."""
+
+    index_N: IntArray
+    log_prob_N: FloatArray
+    routes_N: list[Routes] | None
 
 
 async def score_dataset(
@@ -52,7 +61,32 @@ async def score_dataset(
     stall_s: float = STALL_S,
     progress: Progress | None = None,
 ) -> FloatArray:
-    """Log-probability of every sample, summed over its trained tokens, [N] nats.
+    """Log-probability of every sample, summed over its trained tokens, [N] nats. See `scores_of`."""
+    scores = await scores_of(
+        samples,
+        spec,
+        cache_dir=cache_dir,
+        num_scorers=num_scorers,
+        on_ray=on_ray,
+        deadline_s=deadline_s,
+        stall_s=stall_s,
+        progress=progress,
+    )
+    return scores.log_prob_N
+
+
+async def scores_of(
+    samples: Sequence[Sample],
+    spec: ScoringSpec,
+    *,
+    cache_dir: Path | None,
+    num_scorers: int,
+    on_ray: bool,
+    deadline_s: float,
+    stall_s: float = STALL_S,
+    progress: Progress | None = None,
+) -> Scores:
+    """Every sample's log-probability and, with `spec.with_routes`, the experts it asks.
 
     Await before trainers are placed: scorers need their CPUs. With `on_ray` this process must be
     connected to a cluster. Scores are read from `cache_dir` where the same model has scored the same
@@ -62,20 +96,22 @@ async def score_dataset(
     `stall_s`: Ray Data waits in silence for CPUs that others hold. Raises what the scorers raise.
     """
     if not samples:
-        return np.zeros(0)
+        return Scores(np.zeros(0), [] if spec.with_routes else None)
     path, key = None, ""
     if cache_dir is not None:
         key = await asyncio.to_thread(cache_key, samples, spec)
         path = cache_dir / f"{key}.parquet"
-        cached_N = read_scores(path, key, len(samples))
-        if cached_N is not None:
+        cached = read_scores(path, key, len(samples))
+        if cached is not None:
             _log.info("scores of %d samples read from %s", len(samples), path)
-            return cached_N
+            return cached
     blocks = cut(samples, spec.micro_batch_tokens)
     work = _on_ray(blocks, spec, num_scorers) if on_ray else _here(blocks, spec)
     log_prob_N = np.full(len(samples), np.nan)
-    async for index_N, values_N in _stream(work, len(blocks), deadline_s, stall_s):
+    routes: dict[int, Routes] = {}
+    async for index_N, values_N, routes_n in _stream(work, len(blocks), deadline_s, stall_s):
         log_prob_N[index_N] = values_N
+        routes.update(zip(index_N.tolist(), routes_n or (), strict=routes_n is not None))
         if progress is not None:
             progress(int(np.isfinite(log_prob_N).sum()), len(samples))
     if not np.isfinite(log_prob_N).all():
@@ -83,9 +119,10 @@ async def score_dataset(
             f"{int(np.isnan(log_prob_N).sum())} of {len(samples)} samples came back without a score.",
             mend="Start the job again; if it happens twice, report it.",
         )
+    scores = Scores(log_prob_N, [routes[i] for i in range(len(samples))] if spec.with_routes else None)
     if path is not None:
-        write_scores(path, key, samples, log_prob_N)
-    return log_prob_N
+        write_scores(path, key, samples, scores)
+    return scores
 
 
 # --- blocks
@@ -114,7 +151,8 @@ def _table(samples: Sequence[Sample], micro_batches: Sequence[IntArray]) -> pa.T
 
 
 class BlockScorer:
-    """What Ray Data keeps a pool of: a reference model that turns a block's tokens into log-probabilities.
+    """What Ray Data keeps a pool of: a reference model that turns a block's tokens into log-probabilities
+    (and routes).
 
     The model is loaded with the first block. Ray hands back what a call raises as it was raised; what
     a constructor raises comes back as text, after three tries.
@@ -139,11 +177,15 @@ class BlockScorer:
         ]
         micro_batch_N = block["micro_batch"].to_numpy()
         log_prob_N = np.empty(len(samples))
+        routes_N: list[Routes] = [np.zeros(0, dtype=np.uint8)] * len(samples)
         for micro_batch in np.unique(micro_batch_N):
             index_B = np.flatnonzero(micro_batch_N == micro_batch)
-            tokens = self._model.score_micro_batch([samples[i] for i in index_B])
-            log_prob_N[index_B] = [tokens_T.sum() for tokens_T in tokens]
-        return pa.table({"index": block["index"], "log_prob": log_prob_N})
+            scored = self._model.score_micro_batch([samples[i] for i in index_B])
+            log_prob_N[index_B] = [tokens_T.sum() for tokens_T in scored.tokens]
+            for i, routes_TLK in zip(index_B, scored.routes or (), strict=scored.routes is not None):
+                routes_N[i] = routes_TLK
+        columns = routes_columns(routes_N) if self._spec.with_routes else {}
+        return pa.table({"index": block["index"], "log_prob": log_prob_N, **columns})
 
 
 # --- who computes the blocks
@@ -183,7 +225,8 @@ def _on_ray(blocks: Sequence[pa.Table], spec: ScoringSpec, num_scorers: int) -> 
 
 
 def _scored(block: pa.Table) -> Scored:
-    return block["index"].to_numpy(), block["log_prob"].to_numpy()
+    routes_N = routes_of(block) if "routes" in block.column_names else None
+    return Scored(block["index"].to_numpy(), block["log_prob"].to_numpy(), routes_N)
 
 
 async def _stream(
@@ -245,66 +288,3 @@ def _readable(error: BaseException) -> BaseException:
     if isinstance(cause, ModeseekError):
         return cause
     return WorkerError(f"scoring failed: {cause!r}", mend="The scorers' logs have the full traceback.")
-
-
-# --- the cache
-
-
-def cache_key(samples: Sequence[Sample], spec: ScoringSpec) -> str:
-    """Changes with anything that changes the scores: weights, tokens, masks, precision, layout, versions.
-
-    Tokenizer, chat template and truncation act through the token ids, which are hashed themselves.
-    """
-    computed_by = {name: version(name) for name in ("torch", "transformers")}
-    settings = {**asdict(spec), "model_path": None, "cpus_per_worker": spec.num_threads}
-    settings["gpus_per_worker"] = spec.gpus_per_worker > 0
-    settings["micro_batches_per_block"] = MICRO_BATCHES_PER_BLOCK
-    facts = {"format": _FORMAT, "settings": settings, "versions": computed_by}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for file in sorted(Path(spec.model_path).iterdir()):
-        if file.suffix == ".safetensors" or file.name in ("config.json", "model.safetensors.index.json"):
-            digest.update(file.name.encode())
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-    for sample in samples:
-        digest.update(np.array([sample.row, sample.length], dtype=np.int64).tobytes())
-        digest.update(np.ascontiguousarray(sample.token_ids_T, dtype=np.int32).tobytes())
-        digest.update(np.packbits(sample.trained_T).tobytes())
-    return digest.hexdigest()
-
-
-def read_scores(path: Path, key: str, num_samples: int) -> FloatArray | None:
-    """The cached scores; None if there are none, or if the file is damaged."""
-    try:
-        table = pq.read_table(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, pa.ArrowException) as error:
-        _log.warning("the cached scores in %s cannot be read (%s); scoring again", path, error)
-        return None
-    if (table.schema.metadata or {}).get(_KEY) != key.encode() or table.num_rows != num_samples:
-        _log.warning("the cached scores in %s are of something else; scoring again", path)
-        return None
-    log_prob_N: FloatArray = table["log_prob"].to_numpy()
-    return log_prob_N
-
-
-def write_scores(path: Path, key: str, samples: Sequence[Sample], log_prob_N: FloatArray) -> None:
-    """All or nothing: written beside its final name and renamed, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table(
-        {
-            "row": [s.row for s in samples],
-            "num_tokens": [s.num_tokens for s in samples],
-            "log_prob": log_prob_N,
-        }
-    ).replace_schema_metadata({_KEY: key.encode()})
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

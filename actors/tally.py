@@ -11,8 +11,9 @@ import numpy as np
 
 from actors.forward import Forward
 from actors.loss import Share
-from actors.messages import RankReport
+from actors.messages import RankReport, add_loads
 from modeseek_ray.objectives.deltas import DeltaSums
+from modeseek_ray.types import IntArray
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Tally:
         self._num_correct = self._num_tokens = self._num_positions = self._num_padded = 0
         self._has_kl = False
         self._ratio = DeltaSums()
+        self._load_L: tuple[IntArray, ...] | None = None
+        self._balance: float | None = None
         self.nonfinite: list[int] = []  # positions of samples whose log-probability is not finite
 
     def add(self, forward: Forward, share: Share) -> None:
@@ -47,6 +50,9 @@ class Tally:
         self.nonfinite += forward.index_B[~np.isfinite(log_prob_B)].tolist()
         self._loss += float(share.loss.detach())
         self._ratio += share.ratio
+        self._load_L = add_loads(self._load_L, forward.load_L)
+        if forward.balance is not None:
+            self._balance = (self._balance or 0.0) + share.balance
         self._nll_sum -= float(log_prob_B.sum())
         self._num_correct += int(scores.correct_M.sum())
         self._num_tokens += len(scores.log_prob_M)
@@ -71,4 +77,6 @@ class Tally:
             entropy_sum=self._entropy_sum,
             seconds=seconds.parts,
             ratio=self._ratio,
+            load_L=self._load_L,
+            balance=self._balance,
         )

@@ -80,6 +80,10 @@ class TrainerRank:
         """log pi_theta summed over each sample's trained tokens, [n] nats. May keep the graph for `step`."""
         return self._ready().score(_samples(picks, blocks))
 
+    def score_live(self, picks: Picks, *blocks: Sequence[Sample]) -> FloatArray:
+        """The same with every router choosing for itself, whatever is replayed: what a loaded export computes."""
+        return self._ready().score_live(_samples(picks, blocks))
+
     def begin(self, picks: Picks, *blocks: Sequence[Sample]) -> RankBeginning:
         """`score`, keeping here what `step` on any part of these samples is compared with, until the next `begin`.
 

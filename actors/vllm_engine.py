@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from actors.weight_chunks import WeightChunk
 
 _GIB = 2**30
+_MEMORY_SHARE = 0.9  # of a GPU, for weights and cache
 
 
 def environment(spec: GeneratorSpec) -> dict[str, str]:
@@ -53,25 +54,9 @@ def build(spec: GeneratorSpec) -> VllmEngine:
     from actors.vllm_weights import register
 
     is_guest = torch.distributed.is_initialized()  # of the trainer in this process (--local)
-    on_gpu = spec.gpus_per_worker > 0
-    options: dict[str, Any] = {} if on_gpu else {"distributed_executor_backend": "uni", "enforce_eager": True}
-    kv_cache_gib = spec.kv_cache_gib or (None if on_gpu else 1.0)
-    if kv_cache_gib is not None:
-        options["kv_cache_memory_bytes"] = int(kv_cache_gib * _GIB)
+    backend = register() if spec.transfer == "chunks" else spec.transfer
     try:
-        llm = LLM(
-            model=spec.model_path,
-            dtype=spec.dtype,
-            seed=spec.seed % 2**31,
-            max_model_len=spec.max_length,
-            max_num_seqs=spec.max_num_seqs,
-            tensor_parallel_size=spec.tensor_parallel,
-            trust_remote_code=False,
-            logprobs_mode=spec.logprobs_mode,
-            enable_return_routed_experts=spec.with_routes,
-            weight_transfer_config={"backend": register() if spec.transfer == "chunks" else spec.transfer},
-            **options,
-        )
+        llm = LLM(**arguments(spec), weight_transfer_config={"backend": backend})
     except ValueError as error:  # pydantic's, too: an architecture it does not have, a length too long
         raise ConfigError(
             f"vLLM does not take this model or these settings: {error}",
@@ -88,6 +73,34 @@ def build(spec: GeneratorSpec) -> VllmEngine:
             mend="Choose a model with another head size or architecture; on a CPU, heads of 32 to 256.",
         ) from error
     return engine
+
+
+def arguments(spec: GeneratorSpec) -> dict[str, Any]:
+    """vLLM's own, but for how weights are handed over."""
+    on_gpu = spec.gpus_per_worker > 0
+    options: dict[str, Any] = {}
+    if not on_gpu:
+        options = {"distributed_executor_backend": "uni", "enforce_eager": True}
+    else:
+        # vLLM's default of one card for itself, cut to the share that was reserved of it.
+        options["gpu_memory_utilization"] = round(_MEMORY_SHARE * min(1.0, spec.gpus_per_worker), 3)
+        options["enable_sleep_mode"] = spec.sleeps
+        options["enable_expert_parallel"] = spec.expert_parallel
+    kv_cache_gib = spec.kv_cache_gib or (None if on_gpu else 1.0)
+    if kv_cache_gib is not None:
+        options["kv_cache_memory_bytes"] = int(kv_cache_gib * _GIB)
+    return {
+        "model": spec.model_path,
+        "dtype": spec.dtype,
+        "seed": spec.seed % 2**31,
+        "max_model_len": spec.max_length,
+        "max_num_seqs": spec.max_num_seqs,
+        "tensor_parallel_size": spec.tensor_parallel,
+        "trust_remote_code": False,
+        "logprobs_mode": spec.logprobs_mode,
+        "enable_return_routed_experts": spec.with_routes,
+        **options,
+    }
 
 
 class VllmEngine:
@@ -133,6 +146,15 @@ class VllmEngine:
         self._engine.abort_request(list(ids))
         while self._engine.has_unfinished_requests():
             self._engine.step()
+
+    def sleep(self) -> None:
+        """Weights to host memory, the cache forgotten. vLLM does it on GPUs alone."""
+        if self._spec.gpus_per_worker > 0:
+            self._llm.sleep(level=1)
+
+    def wake(self) -> None:
+        if self._spec.gpus_per_worker > 0:
+            self._llm.wake_up()
 
     def score(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float64]]:
         """See `GeneratorEngine.score`. vLLM returns prompt log-probabilities before temperature."""

@@ -69,6 +69,11 @@ class Resources(Strict):
     """Of the engines' weights and activations; "auto" is the trainers'."""
     tensor_parallel: int = Field(1, ge=1, le=64)
     """GPUs an engine is spread over."""
+    expert_parallel: bool = False
+    """MoE: deal whole experts out over an engine's tensor-parallel GPUs instead of cutting each."""
+    colocated: bool = False
+    """Put each engine on a trainer's GPU instead of one of its own: it sleeps, its weights in host memory, while
+    the trainer works. Both then take fractions of the GPU (gpus_per_worker: 0.5)."""
     kv_cache_gib: float = Field(1.0, gt=0, le=1024)
     """Host memory an engine on the CPU keeps for keys and values."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -90,6 +95,29 @@ class Resources(Strict):
     """CPU cores of each trainer and scorer; also their torch threads, rounded down, at least one."""
     gpus_per_worker: float = Field(0.0, ge=0, le=1)
     """GPUs of each trainer and scorer; a fraction shares a device. (GPU paths: see the README's table.)"""
+
+    @model_validator(mode="after")
+    def _fit(self) -> Resources:
+        if self.expert_parallel and self.tensor_parallel == 1:
+            raise ValueError(
+                "expert_parallel deals experts out over tensor_parallel GPUs; set that above 1, or drop it"
+            )
+        if self.tensor_parallel > 1 and 0 < self.gpus_per_worker < 1:
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} needs whole GPUs; set gpus_per_worker to 1"
+            )
+        if self.colocated:
+            if self.generators > self.trainers:
+                raise ValueError(
+                    f"colocated puts each engine beside a trainer: {self.generators} generators need as"
+                    f" many trainers, not {self.trainers}"
+                )
+            if self.gpus_per_worker > 0.5:
+                raise ValueError(
+                    f"colocated shares a GPU between a trainer and an engine; gpus_per_worker is"
+                    f" {self.gpus_per_worker:g}, set it to 0.5 or less"
+                )
+        return self
 
 
 class Integration(Strict):
@@ -140,6 +168,11 @@ class JobConfig(Strict):
                     raise ValueError(
                         f"metadata[{key[:64]!r}]: keys go up to 64 characters and values up to 512"
                     )
+        if self.resources.colocated and self.rollout and self.rollout.max_staleness > 0:
+            raise ValueError(
+                "resources.colocated lets an engine sleep while the trainer works, and"
+                " rollout.max_staleness lets them work at once; drop the one, or set the other to 0"
+            )
         training = self.training
         if training.replay_share > 0 and self.replay_file is None:
             raise ValueError(
@@ -172,6 +205,12 @@ class JobConfig(Strict):
         """The section of the grader, or None."""
         writes = self.online or self.best_of_n
         return None if writes is None else writes.grader
+
+    @property
+    def routing_replay(self) -> Literal["R0", "R2", "R3"] | None:
+        """Whose experts an MoE policy's passes ask; None = live."""
+        block = self._block
+        return block.routing_replay if isinstance(block, WeightedMethod | OnlineMethod) else None
 
     @property
     def _block(self) -> SupervisedMethod | WeightedMethod | DpoMethod | OnlineMethod:

@@ -57,6 +57,9 @@ class Training(Strict):
     average over samples. Preference pairs are of whole responses: there `sum` is the default."""
     inner_steps: int = Field(1, ge=1, le=1024)
     """Optimizer steps on each weighed batch: it is cut into as many mini-batches; weights stay as they are."""
+    router_aux_loss_coef: float = Field(0.0, ge=0, le=10)
+    """MoE: coefficient of the load-balancing loss of the Switch Transformer, added to the loss; 0 = off. Counted
+    on live routes, one micro-batch at a time, as transformers does."""
     lora: Lora | None = None
     replay_share: float = Field(0.0, ge=0, lt=1)
     """Share of each batch taken from `replay_file`."""
@@ -84,16 +87,28 @@ class Training(Strict):
 class WeightedMethod(Weighting):
     """`method.weighted`: how much each sample counts, and the training."""
 
+    routing_replay: Literal["R0"] | None = None
+    """MoE: score the policy under the experts the frozen start asks (R0), so that a ratio to the start is not one
+    of routings. Steps and evaluations route live."""
     training: Training = Training()
 
     @model_validator(mode="after")
     def _inner_loop(self) -> WeightedMethod:
+        _refuse_start_routes_without_ratio(self, self.routing_replay)
         if self.token.scheme == "psft" and self.training.inner_steps == 1:
             raise ValueError(
                 "psft compares with the policy at the start of an inner loop, and with one step per batch it is"
                 " SFT; set training.inner_steps, 8 for example"
             )
         return self
+
+
+def _refuse_start_routes_without_ratio(weighting: Weighting, routing_replay: str | None) -> None:
+    if routing_replay == "R0" and not {"policy", "initial"} <= needs(weighting):
+        raise ValueError(
+            "routing_replay R0 is for ratios to the start, and this weighting has none; drop it, or choose"
+            " likelihood.of: policy_over_initial or initial_over_policy"
+        )
 
 
 class Hyperparameters(Strict):
@@ -173,8 +188,9 @@ class OnlineMethod(Weighting):
     """What becomes of stale token ratios; "auto" is ppo where a batch takes several steps or may be stale."""
     mismatch: MismatchSection | None = None
     """Correct for the difference between trainer and engine."""
-    routing_replay: Literal["R2", "R3"] | None = None
-    """MoE: train under the routes the sampler took (R3), or the trainer took when the round began (R2)."""
+    routing_replay: Literal["R0", "R2", "R3"] | None = None
+    """MoE: train under the routes the sampler took (R3), or the trainer took when the round began (R2). R0 trains
+    live and scores the policy under the experts the frozen start asks, for a ratio to the start."""
     compare_routes: bool = False
     """With R3: also count each round where the trainer's own routers would choose other experts (one more
     forward pass)."""
@@ -183,6 +199,7 @@ class OnlineMethod(Weighting):
 
     @model_validator(mode="after")
     def _consistent(self) -> OnlineMethod:
+        _refuse_start_routes_without_ratio(self, self.routing_replay)
         if self.reward.scheme == "uniform" and self.likelihood.scheme == "uniform":
             raise ValueError(
                 "the weighting looks at neither reward nor likelihood, so the grader changes nothing;"

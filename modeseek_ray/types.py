@@ -83,6 +83,7 @@ class Sample:
     problem: int = -1  # rows that are right answers to the same question share it; -1 = nothing to get right
     weight_version: int = -1  # of the weights that wrote it; -1 = imported
     routes_TLK: NDArray[Any] | None = None  # [length - 1, L, K] experts the sampler took, wire form
+    start_routes_TLK: NDArray[Any] | None = None  # the same of pi_0, where the policy is scored under them
 
     @property
     def num_tokens(self) -> int:
@@ -267,8 +268,10 @@ class Objective:
     clip: RatioClip | None = None
     mismatch: Mismatch | None = None
     # MoE: whose routes the policy's forward passes take. R3 = the sampler's (they come with the samples),
-    # R2 = the trainer's own under the policy the batch began with, None = live.
-    routing_replay: Literal["R2", "R3"] | None = None
+    # R2 = the trainer's own under the policy the batch began with, None = live. R0 = those of pi_0, in the
+    # passes that score a batch for its weights; steps and evaluations are live.
+    routing_replay: Literal["R0", "R2", "R3"] | None = None
+    router_aux_loss_coef: float = 0.0  # MoE: of the load-balancing loss (`routing.balance`)
     # Whose token ratios `begin` sums up to Evidence.sum_delta_N: the weighting's own `of`; None = nobody asks.
     delta_of: Literal["policy_over_initial", "initial_over_policy", "policy_over_data"] | None = None
     sample_kl: bool = False  # `begin` measures each sample's KL to pi_0, Evidence.distance_N

@@ -93,12 +93,18 @@ def preflight(config: JobConfig, data: DataReport, model_path: Path, *, has_beha
 
 
 def refuse_replay_without_experts(config: JobConfig, model: ModelInfo) -> None:
-    """Raise `ConfigError` where routes are to be replayed and the model has none."""
-    if config.online is not None and config.online.routing_replay is not None and not model.is_moe:
+    """Raise `ConfigError` where routes are to be replayed, or experts' load balanced, and the model has none."""
+    if config.routing_replay is not None and not model.is_moe:
         raise ConfigError(
             f"routing replay needs an MoE model; {model.architecture} is dense.",
-            param="method.online.routing_replay",
+            param=f"method.{config.method.type}.routing_replay",
             mend="Drop it, or choose an MoE model.",
+        )
+    if config.training.router_aux_loss_coef > 0 and not model.is_moe:
+        raise ConfigError(
+            f"there is no load to balance: {model.architecture} is dense.",
+            param=f"method.{config.method.type}.training.router_aux_loss_coef",
+            mend="Set it to 0, or choose an MoE model.",
         )
 
 

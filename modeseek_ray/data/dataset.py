@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modeseek_ray.types import BoolArray, FloatArray, Group, Handle, IntArray, Sample
 
@@ -87,6 +88,13 @@ class Dataset:
                 raise ValueError(f"{name} has {len(column)} entries for {len(self)} samples")
         copy = object.__new__(Dataset)
         copy.__dict__.update(self.__dict__, **columns)
+        return copy
+
+    def with_start_routes(self, routes_N: Sequence[NDArray[Any]]) -> Dataset:
+        """A copy whose samples carry the experts that pi_0 asks, one entry per sample."""
+        copy = object.__new__(Dataset)
+        samples = [replace(s, start_routes_TLK=r) for s, r in zip(self.samples, routes_N, strict=True)]
+        copy.__dict__.update(self.__dict__, samples=samples)
         return copy
 
     def groups(self, index_N: IntArray, block: Any) -> list[Group]:

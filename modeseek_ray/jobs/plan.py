@@ -253,6 +253,7 @@ def _positions_held(config: JobConfig, training: ResolvedTraining | None, data: 
         return micro
     share = -(-training.batch_size // resources.trainers) * mean_length / (1 - data_padding(data))
     keeps = "policy" in needs(config.weighting) and resources.keep_graph != "never"
+    keeps = keeps and config.routing_replay != "R0"  # scored under other experts than it is stepped on
     if keeps and memory.effective_stage(resources) <= 2:
         return round(share)
     return min(micro, max(round(share), longest or 0))

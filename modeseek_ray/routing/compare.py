@@ -137,6 +137,16 @@ class RouterLoad:
     variation_L: FloatArray  # standard deviation of the counts over their mean; 0 = even
     num_dead_L: IntArray  # experts nobody asked
 
+    @classmethod
+    def of(cls, counts_L: Sequence[IntArray]) -> RouterLoad:
+        """From the counts themselves."""
+        mean_L = np.array([max(c.mean(), 1e-300) for c in counts_L])
+        return cls(
+            counts_L=tuple(counts_L),
+            variation_L=np.array([c.std() for c in counts_L]) / mean_L,
+            num_dead_L=np.array([int((c == 0).sum()) for c in counts_L], dtype=np.int64),
+        )
+
     def metrics(self, prefix: str = "routing") -> dict[str, float]:
         """Flat names, for the metrics of a step."""
         return {
@@ -167,12 +177,7 @@ def router_load(routes: Routes, num_experts: int | Sequence[int]) -> RouterLoad:
                 mend="Give the number of experts of the model the routes were recorded on.",
             )
         counts_L.append(np.bincount(asked, minlength=size).astype(np.int64))
-    mean_L = np.array([max(c.mean(), 1e-300) for c in counts_L])
-    return RouterLoad(
-        counts_L=tuple(counts_L),
-        variation_L=np.array([c.std() for c in counts_L]) / mean_L,
-        num_dead_L=np.array([int((c == 0).sum()) for c in counts_L], dtype=np.int64),
-    )
+    return RouterLoad.of(counts_L)
 
 
 def _share(part: float, whole: float, empty: float = 0.0) -> float:

@@ -25,6 +25,7 @@ from modeseek_ray.errors import ModelError, RoutingError
 from modeseek_ray.routing.choice import Observer, observed
 from modeseek_ray.routing.describe import Router, find_routers, layer_map
 from modeseek_ray.routing.wire import LIVE, Routes, check_routes
+from modeseek_ray.types import IntArray
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps the function that recomputes a layer
 
@@ -93,6 +94,20 @@ class _Pass(Observer):
         for router in self.routers:
             routes_NLK[:, router.index, : router.top_k] = index[router.module].cpu().numpy()
         return routes_NLK.reshape(samples, positions, *routes_NLK.shape[1:])
+
+    def load(self, attention_mask_BS: Tensor) -> tuple[IntArray, ...]:
+        """How many tokens each expert would have got by the routers' own choice, router by router; no padding."""
+        real_N = attention_mask_BS.reshape(-1).bool()
+        counts = [
+            torch.bincount(self.live(router)[real_N].reshape(-1).long(), minlength=router.num_experts)
+            for router in self.routers
+        ]
+        sizes = [len(c) for c in counts]
+        return tuple(np.split(torch.cat(counts).cpu().numpy(), np.cumsum(sizes)[:-1]))
+
+    def live(self, router: Router) -> Tensor:
+        """What the router would have asked by itself, int16 [N, K]."""
+        return self._chosen[router.module]
 
     def over(self, shape: tuple[int, int]) -> None:
         """The pass has reached the first routed layer, with these B x S positions."""
@@ -167,6 +182,11 @@ class Replay(_Pass):
     def live_routes(self) -> NDArray[np.int16]:
         """What the routers would have asked by themselves, `[B, S, L, K]`, after layers that replayed."""
         return self._gather(self._live or {})
+
+    def live(self, router: Router) -> Tensor:
+        if self._live is None:
+            raise RuntimeError("the live choice was not kept: replay_routes(…, keep_live=True)")
+        return self._live[router.module]
 
     def took(self, router: Router, index_NK: Tensor, live_NK: Tensor) -> None:
         super().took(router, index_NK, live_NK)

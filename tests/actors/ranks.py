@@ -370,3 +370,15 @@ def captured_square(rank: TrainerRank) -> float:
     """Of the last step."""
     square: float = rank._ready().square  # type: ignore[attr-defined]
     return square
+
+
+def nudge_routers(rank: TrainerRank, scale: float) -> None:
+    """Add noise to the weights of every router, relative to their deviation. ZeRO-2 and below."""
+    import torch
+
+    from modeseek_ray.routing.describe import find_routers
+
+    torch.manual_seed(1)
+    for router in find_routers(rank._ready()._module):
+        weight = router.module.weight.data
+        weight.add_(torch.randn_like(weight) * weight.std() * scale)  # type: ignore[operator, arg-type]
