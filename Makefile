@@ -9,7 +9,7 @@ PYTHON_VENV := .venv/bin/python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help setup setup-dev demo test test-page test-nodes check format serve playground bench faults load bench-forgetting bench-forgetting-small clean clean-all
+.PHONY: help setup setup-dev demo test test-page test-documents test-nodes check format serve playground bench faults load bench-forgetting bench-forgetting-small clean clean-all
 
 help:  ## Explain the targets (this text)
 	@echo "modeseek-ray: weighted fine-tuning of language models as a service on Ray"
@@ -36,6 +36,9 @@ test: check playground  ## Everything: environment, checks, small models (cached
 
 test-page: setup-dev  ## The web page in a real browser; needs a Chromium (apt install chromium, or MODESEEK_CHROMIUM=)
 	@MODESEEK_PAGE_TESTS=required $(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS) tests/modeseek_ray/service/browser
+
+test-documents: playground  ## Every command of the user's guide, training included, on a service with Ray
+	@$(PYTHON_VENV) -m pytest --durations=5 $(PYTEST_ARGS) tests/e2e/documents_with_a_cluster.py
 
 test-nodes: setup-dev  ## A cluster of three machines on this one; nodes killed and cut off. Needs root (network namespaces)
 	@MODESEEK_NODE_TESTS=required $(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS) tests/nodes
