@@ -57,7 +57,7 @@ def files_of(config: JobConfig, base: Path) -> dict[str, Path]:
 
 def local_model(name: str, home: Home) -> Path:
     """A model for `modeseek run` and `check`, which act with the rights of whoever types them."""
-    return resolve_model(name, home=home, roots=[Path("/"), home.jobs])
+    return resolve_model(name, home=home, roots=[Path("/"), home.jobs, home.storage / "playground"])
 
 
 def local_judges(config: JobConfig, endpoints: Sequence[Endpoint], home: Home) -> dict[str, Path]:

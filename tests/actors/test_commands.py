@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from actors import main
-from modeseek_ray.errors import ConfigError, DataError, ModeseekError
+from actors.commands.preflight import local_model
+from modeseek_ray.errors import ConfigError, DataError, ModelError, ModeseekError
+from modeseek_ray.jobs.paths import Home
 from modeseek_ray.weights import PRESETS
 
 COMMANDS = (
@@ -56,6 +59,18 @@ def test_every_command_explains_itself(command: str) -> None:
     result = _modeseek(command, "--help")
     assert result.exit_code == 0
     assert len(result.output) > 200
+
+
+def test_a_person_may_name_models_inside_the_home_by_their_directories(
+    tiny_dense: Path, tmp_path: Path
+) -> None:
+    """What jobs and the playground made; nothing else that lies there."""
+    for inside in ("playground/mine", "jobs/job/model", "files/stolen"):
+        shutil.copytree(tiny_dense, tmp_path / inside)
+    for inside in ("playground/mine", "jobs/job/model"):
+        assert local_model(str(tmp_path / inside), Home(tmp_path)) == tmp_path / inside
+    with pytest.raises(ModelError, match="not under an allowed root"):
+        local_model(str(tmp_path / "files/stolen"), Home(tmp_path))
 
 
 def test_check_prints_data_and_plan_and_starts_nothing(job_file: Path, tmp_path: Path) -> None:
