@@ -8,6 +8,7 @@ each, so that Ray resolves references on the worker's side.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,12 @@ from numpy.typing import NDArray
 
 from actors.messages import Pick, RankBeginning, RankEvaluation, RankReport
 from actors.weight_chunks import ChunkFacts
+from modeseek_ray.errors import WorkerError
 from modeseek_ray.objectives.deltas import DeltaSums
 from modeseek_ray.types import EvalReport, FloatArray, Group, IntArray, StepPlan, StepReport
+
+# How long a rank that failed may have been the first to hear that another died.
+DEATH_GRACE_S = 10.0
 
 Deal = Callable[[IntArray, int], Sequence[IntArray]]
 
@@ -269,14 +274,37 @@ class TrainerPool:
         )
 
     async def _together(self, work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-        """All ranks' answers. The first failure wins: the others may be waiting for it in a collective."""
+        """All ranks' answers. The first failure wins: the others may be waiting for it in a collective.
+
+        Unless it is an unforeseen one and a rank turns out to have died: its neighbours hear of that as a
+        broken connection, often before we do.
+        """
         calls = [asyncio.ensure_future(call) for call in work]
         try:
             return list(await asyncio.gather(*calls))
-        except BaseException:
+        except WorkerError as error:
+            death = await _death_among(calls) if error.code == "worker_failed" else None
+            if death is None:
+                raise
+            raise death from error
+        finally:
             for call in calls:
                 call.cancel()
-            raise
+
+
+async def _death_among(calls: Sequence[asyncio.Future[Any]]) -> WorkerError | None:
+    """The error that says that a rank died, if one does so within `DEATH_GRACE_S`."""
+    ends = time.monotonic() + DEATH_GRACE_S
+    while True:
+        for call in calls:
+            error = call.exception() if call.done() and not call.cancelled() else None
+            if isinstance(error, WorkerError) and error.code == "worker_died":
+                return error
+        pending = [call for call in calls if not call.done()]
+        left_s = ends - time.monotonic()
+        if not pending or left_s <= 0:
+            return None
+        await asyncio.wait(pending, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _with_sum_delta(group: Group) -> Group:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
 import pytest
 
+from actors import pools
 from actors.messages import RankBeginning, RankEvaluation, RankReport, RouteCounts
 from actors.pools import TrainerPool, deal_parts, split, summarise
 from modeseek_ray.data.batching import deal
@@ -108,6 +110,35 @@ async def test_each_rank_gets_its_own_weights_and_figures_are_global() -> None:
 async def test_a_rank_that_dies_fails_the_call_at_once() -> None:
     with pytest.raises(WorkerError, match="rank 1 died"):
         await TrainerPool([EchoRank(), BrokenRank()], deal).score(_groups())
+
+
+class Rank(EchoRank):
+    """Answers with an error after a while, or never."""
+
+    def __init__(self, error: WorkerError | None, after_s: float = 0.0) -> None:
+        super().__init__()
+        self._error = error
+        self._after_s = after_s
+
+    async def call(self, method: str, *args: Any) -> Any:
+        await asyncio.sleep(self._after_s if self._error else 3600)
+        raise self._error or AssertionError
+
+
+async def test_a_rank_that_lost_its_neighbour_is_not_taken_for_the_cause() -> None:
+    """Its broken connection is known before the death is; only a death is worth another attempt."""
+    lost = Rank(WorkerError("rank 0 failed in step: RuntimeError('Connection closed by peer')"))
+    dead = Rank(WorkerError("rank 1 died in step.", code="worker_died"), after_s=0.2)
+    with pytest.raises(WorkerError, match="rank 1 died") as failed:
+        await TrainerPool([lost, dead], deal).score(_groups())
+    assert failed.value.code == "worker_died"
+
+
+async def test_a_failure_of_its_own_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank waits in a collective for ever."""
+    monkeypatch.setattr(pools, "DEATH_GRACE_S", 0.1)
+    with pytest.raises(WorkerError, match="ValueError"):
+        await TrainerPool([Rank(WorkerError("rank 0: ValueError")), Rank(None)], deal).score(_groups())
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

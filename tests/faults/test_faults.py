@@ -1,29 +1,56 @@
-"""One cell of the fault matrix; all of them with `python -m tests.faults`."""
+"""Some cells of the fault matrix, a victim and an action each; all of them with `make faults`."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import operator
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.matrix import CELLS, HOOKS, IN_TESTS, Cell, Laboratory, hooked
+from tests.faults.cells import CELLS, Cell, columns, pairwise
+from tests.faults.laboratory import HOOKS, ROOT, Laboratory, environ
+
+# What `make test` can afford.
+IN_TESTS = [
+    Cell("driver.setup", "before"),
+    Cell("driver.score", "after"),
+    Cell("rank.step", "before", 6, rank=1),
+    Cell("rank.step", "before", 6, rank=1, action="SIGSTOP"),
+    Cell("rank.save", "before", 2, rank=0, action="ENOSPC"),
+]
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory: pytest.TempPathFactory, tiny_dense: Path) -> Iterator[Laboratory]:
+    with Laboratory(tmp_path_factory.mktemp("faults"), {"offline": tiny_dense}) as laboratory:
+        yield laboratory
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_rank_leaves_the_same_weights_and_a_whole_history(tmp_path: Path, tiny_dense: Path) -> None:
-    (tmp_path / "home").mkdir()
-    with Laboratory(tmp_path, tiny_dense) as laboratory:
-        calm = laboratory.run(None)
-        assert calm.problems == []
-        for cell in IN_TESTS:
-            finding = laboratory.run(cell, calm.weights_sha256)
-            assert (finding.problems, finding.attempts) == ([], 2), cell
+@pytest.mark.parametrize("cell", IN_TESTS, ids=str)
+def test_a_fault_changes_neither_weights_nor_history(laboratory: Laboratory, cell: Cell) -> None:
+    assert laboratory.calm(cell.kind).problems == []
+    assert laboratory.run(cell).problems == []
+
+
+def test_no_answered_job_is_lost_or_doubled_or_changed_after_its_end(laboratory: Laboratory) -> None:
+    """After all the cells above, on their one store."""
+    assert laboratory.final_problems() == []
+
+
+def test_a_pairwise_selection_meets_every_pair_that_there_is() -> None:
+    selected = pairwise(CELLS)
+    assert set(IN_TESTS) <= set(CELLS) and 20 <= len(selected) < len(CELLS) == len(set(CELLS))
+    for first, second in itertools.combinations(range(4), 2):
+        met = {(columns(cell)[first], columns(cell)[second]) for cell in selected}
+        assert met == {(columns(cell)[first], columns(cell)[second]) for cell in CELLS}
 
 
 KILLED_ONCE = """
@@ -43,7 +70,7 @@ def test_a_kill_point_is_met_at_the_call_that_was_named_and_once(tmp_path: Path)
     plan.write_text(Cell("driver.finish", "after", 2).plan())
 
     def run() -> tuple[int, list[str]]:
-        with hooked(plan):
+        with environ({"PYTHONPATH": f"{HOOKS}:{ROOT}", "MODESEEK_FAULT_PLAN": str(plan)}):
             command = [sys.executable, "-c", KILLED_ONCE, str(tmp_path / "checkpoints")]
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout.split()

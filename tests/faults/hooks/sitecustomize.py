@@ -7,21 +7,28 @@ modules are imported; at each call the file is read, and what it asks for is don
     {"point": "rank.step", "when": "before", "nth": 3, "rank": 1, "action": "SIGKILL"}
 
 `nth` counts the calls of one process. That the fault has happened is written beside the plan (`.fired`)
-before the signal is sent, so that the next attempt meets none.
+before anything is done, so that the next attempt meets none. Where `MODESEEK_FAULT_ZYGOTE` names a socket,
+Ray's workers and `modeseek` commands are forks of the zygote (`zygote.py`), which has imported their packages.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.abc
 import inspect
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 # Name of a point -> where it is. "before" a function, or "after" it has returned.
 POINTS = {
@@ -34,12 +41,18 @@ POINTS = {
     "driver.export": "actors.attempt:Attempt._export",
     "driver.check": "actors.attempt:Attempt._check_export",
     "driver.end": "actors.http_sink:HttpSink.transition",
+    "driver.rollout": "actors.rollouts:RolloutStore.write",
+    "driver.sync": "actors.driver:Driver._sync",
+    "engine.write": "actors.generator:GeneratorEngine.turn",
+    "engine.update": "actors.generator:GeneratorEngine.finish_update",
+    "scorer.block": "actors.scoring:BlockScorer.__call__",
     "rank.step": "actors.trainer:TrainerRank.step",
     "rank.save": "actors.trainer:TrainerRank.save",
     "rank.export": "actors.trainer:TrainerRank.export",
     "api.commit": "modeseek_ray.jobs.driver_store:DriverStore.commit_checkpoint",
     "api.events": "modeseek_ray.jobs.driver_store:DriverStore.append_events",
     "api.transition": "modeseek_ray.jobs.driver_store:DriverStore.transition",
+    "api.submit": "modeseek_ray.jobs.job_store:JobStore.submit",
     "api.begin": "modeseek_ray.jobs.attempt_store:AttemptStore.begin",
 }
 _PLAN = os.environ.get("MODESEEK_FAULT_PLAN")
@@ -62,10 +75,42 @@ def _meet(point: str, when: str, instance: object) -> None:
         return
     try:
         with Path(f"{_PLAN}.fired").open("x") as fired:
-            json.dump({"pid": os.getpid()}, fired)
+            json.dump({"pid": os.getpid(), "at": time.time()}, fired)
     except FileExistsError:
         return
-    os.kill(os.getpid(), signal.Signals[plan["action"]])
+    _ACTIONS[plan["action"]](plan)
+
+
+def _full(_plan: dict[str, Any]) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "/a/full/disk")
+
+
+def _stall(plan: dict[str, Any]) -> None:
+    """Stop, and go on later: to a process it looks as if the machine had slept."""
+    wake = f"sleep {plan['seconds']}; kill -CONT {os.getpid()}"
+    subprocess.Popen(["sh", "-c", wake], start_new_session=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _end_ray(_plan: dict[str, Any]) -> None:
+    """Ray's head and all that it has started, this process perhaps among them."""
+    import psutil
+
+    head = json.loads((Path(os.environ["MODESEEK_FAULT_HOME"]) / "ray" / "head.json").read_text())
+    process = psutil.Process(head["pid"])
+    for member in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+
+
+_ACTIONS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "SIGKILL": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGSTOP": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
+    "STALL": _stall,
+    "SLOW": lambda plan: time.sleep(plan["seconds"]),
+    "ENOSPC": _full,
+    "RAY": _end_ray,
+}
 
 
 def _wrap(point: str, function):  # type: ignore[no-untyped-def]
@@ -113,3 +158,20 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 if _PLAN:
     sys.meta_path.insert(0, _Finder())
+
+
+_ZYGOTE = os.environ.get("MODESEEK_FAULT_ZYGOTE")
+_FORKED = {"setup_worker.py", "default_worker.py", "actors.main"}
+
+
+def _is_forked(argv: list[str]) -> bool:
+    """Whether the zygote can run this: Ray's workers and `modeseek` commands."""
+    script = next((argument for argument in argv[1:] if not argument.startswith("-")), "")
+    return Path(script).name in _FORKED
+
+
+if _ZYGOTE and _is_forked(sys.orig_argv):
+    sys.path.insert(0, str(Path(__file__).parent))
+    import zygote
+
+    os._exit(zygote.stand_in(_ZYGOTE))

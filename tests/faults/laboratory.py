@@ -1,0 +1,313 @@
+"""One service, one small job per cell: break something at a named point, and look at what is left.
+
+A cell holds when the job succeeds all the same, its weights are bit for bit those of the run without a
+fault (online, where an engine was lost and wrote other bits: of a run that trains on the same samples),
+every sample was trained as often as in that run, and `history.py` finds nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modeseek_ray.client import Client
+from modeseek_ray.errors import ServiceError
+from tests.conftest import find_free_port
+from tests.e2e.conftest import RunningService
+from tests.faults import history
+from tests.faults.cells import Cell, Kind
+from tests.faults.history import ClientLog, Trained
+
+STEPS = {"offline": 12, "online": 6}
+CHECKPOINT_EVERY = {"offline": 4, "online": 2}
+LEASE_S = 15
+# Long for a small job, short for who waits for a stopped one.
+DEADLINES_S = {
+    "setup": 120, "score": 60, "rollout": 30, "step": 15, "sync": 30, "checkpoint": 15, "export": 60
+}  # fmt: skip
+CELL_DEADLINE_S = 240
+HOOKS = Path(__file__).parent / "hooks"
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How a cell went. `problems` is empty where every promise was kept."""
+
+    cell: Cell | None
+    kind: Kind
+    job_id: str
+    seconds: float
+    attempts: int
+    redone_steps: int
+    recovered_s: float | None  # from the fault to the next step, checkpoint or end
+    weights_sha256: str
+    trained: Trained
+    replayed: bool = False  # compared with a run on the same samples
+    problems: list[str] = field(default_factory=list)
+
+
+class Laboratory:
+    """`with Laboratory(directory, models) as laboratory:`, then `run` cell by cell, `final_problems` at last."""
+
+    def __init__(
+        self,
+        directory: Path,
+        models: Mapping[Kind, Path],
+        prompts: Path | None = None,
+        *,
+        forks: bool = True,
+    ) -> None:
+        """`models` and data (`prompts` for online jobs) by kind of job. Without `forks` each process imports anew."""
+        self._forks = forks
+        self._directory = directory
+        self._home = directory / "home"
+        self._home.mkdir(exist_ok=True)
+        self._models = models
+        self._prompts = prompts
+        self._plan = directory / "plan.json"
+        self._plan.write_text("{}")
+        self._port = find_free_port()
+        self._service: RunningService | None = None
+        self._files: dict[Kind, str] = {}
+        self._calm: dict[Kind, Finding] = {}
+        self._log = ClientLog()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Laboratory:
+        environment = {
+            "PYTHONPATH": os.pathsep.join([str(HOOKS), str(ROOT)]),
+            "MODESEEK_FAULT_PLAN": str(self._plan),
+            "MODESEEK_FAULT_HOME": str(self._home),
+        }
+        self._stack.enter_context(environ(environment))
+        if self._forks:
+            socket = self._directory / "zygote"
+            self._stack.enter_context(zygote(socket))
+            self._stack.enter_context(environ({"MODESEEK_FAULT_ZYGOTE": str(socket)}))
+        options = ["--lease", str(LEASE_S)]
+        for section, seconds in DEADLINES_S.items():
+            options += ["--deadline", f"{section}={seconds}"]
+        for model in self._models.values():
+            options += ["--root", str(model.parent)]
+        self._service = RunningService(self._home, root=self._directory, port=self._port, options=options)
+        self._service.__enter__()
+        self._stack.callback(self._service.__exit__)
+        with self._client() as client:
+            for kind in self._models:
+                self._files[kind] = client.upload(self._data(kind))["id"]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self, cell: Cell) -> Finding:
+        """One job, with the fault of `cell`, compared with one without."""
+        calm = self.calm(cell.kind)
+        if cell.point.endswith((".score", ".block")):
+            shutil.rmtree(self._home / "cache" / "scores", ignore_errors=True)
+        found = self._observe(cell, cell.kind)
+        problems = found.problems
+        if not Path(f"{self._plan}.fired").exists():
+            problems.append("the fault never happened")
+        replayed = found.weights_sha256 != calm.weights_sha256 and cell.kind == "online"
+        if replayed:
+            calm = self._observe(None, "online", rollouts_of=found.job_id)
+        if found.weights_sha256 != calm.weights_sha256:
+            problems.append("other weights than without the fault")
+        if found.trained != calm.trained:
+            problems.append("samples were trained another number of times than without the fault")
+        return Finding(**{**vars(found), "replayed": replayed})
+
+    def calm(self, kind: Kind) -> Finding:
+        """The run without a fault, made once."""
+        if kind not in self._calm:
+            self._calm[kind] = self._observe(None, kind)
+        return self._calm[kind]
+
+    def final_problems(self) -> list[str]:
+        """What can be seen of all jobs at the end: none lost or doubled, none changed after its end."""
+        database = self._home / "store.sqlite3"
+        problems = list(history.submission_problems(self._log, database))
+        with self._client() as client:
+            for job_id, ended in self._log.ended.items():
+                if client.job(job_id) != ended:
+                    problems.append(f"{job_id} changed after its end")
+        return problems
+
+    def _observe(self, cell: Cell | None, kind: Kind, rollouts_of: str | None = None) -> Finding:
+        fired = Path(f"{self._plan}.fired")
+        fired.unlink(missing_ok=True)
+        self._plan.write_text("{}" if cell is None else cell.plan())
+        started = time.monotonic()
+        with self._client() as client:
+            job_id = self._submit(client, kind)
+            if rollouts_of is not None:  # before it can have started: validation takes longer
+                jobs = self._home / "jobs"
+                shutil.copytree(jobs / rollouts_of / "rollouts", jobs / job_id / "rollouts")
+            follower = threading.Thread(target=self._follow, args=(job_id,), daemon=True)
+            follower.start()
+            job = self._until_ended(client, job_id, resumes=cell is not None and cell.action == "ENOSPC")
+            follower.join(60)
+        seconds = time.monotonic() - started
+        self._log.ended[job_id] = job
+        stored = history.read(self._home / "store.sqlite3", job_id)
+        problems = list(history.job_problems(stored, self._log))
+        problems += history.step_problems(stored, STEPS[kind], CHECKPOINT_EVERY[kind])
+        if len(self._log.seen[job_id]) != len(stored.events):
+            problems.append(f"the stream gave {len(self._log.seen[job_id])} of {len(stored.events)} events")
+        if job["status"] != "succeeded":
+            problems.append(f"the job ended as {job['status']}: {job.get('error')}")
+        recovered_s = None
+        if fired.exists():
+            at = json.loads(fired.read_text())["at"]
+            recovered_s = next(
+                (e.created_at - at for e in stored.events if e.created_at > at and _is_progress(e)), None
+            )
+        results = self._home / "jobs" / job_id / "results"
+        record = json.loads((results / "job.json").read_text())
+        steps = [step for _, step in stored.steps]
+        return Finding(
+            cell,
+            kind,
+            job_id,
+            seconds,
+            job["attempt"],
+            len(steps) - len(set(steps)),
+            recovered_s,
+            record.get("weights_sha256", ""),
+            history.trained(results) if job["status"] == "succeeded" else Trained(),
+            problems=problems,
+        )
+
+    def _submit(self, client: Client, kind: Kind) -> str:
+        """Until it is answered, with one key: the API may be what is broken."""
+        key = f"cell-{len(self._log.answered)}"
+        deadline = time.monotonic() + CELL_DEADLINE_S
+        while True:
+            self._revive()
+            try:
+                job_id = str(client.submit(self._body(kind), idempotency_key=key, patience_s=0)["id"])
+            except ServiceError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+            else:
+                self._log.answered[key] = job_id
+                return job_id
+
+    def _follow(self, job_id: str) -> None:
+        """The stream of events, through every absence of the service."""
+        seen = self._log.seen.setdefault(job_id, [])
+        with self._client() as client:
+            for event in client.stream(job_id):
+                seen.append(event["id"])
+
+    def _until_ended(self, client: Client, job_id: str, *, resumes: bool) -> dict[str, Any]:
+        """Poll; start the service again when it was killed, and resume what paused for want of space."""
+        deadline = time.monotonic() + CELL_DEADLINE_S
+        job: dict[str, Any] = {}
+        while time.monotonic() < deadline:
+            self._revive()
+            try:
+                job = client.job(job_id)
+                if job["status"] == "paused" and resumes:
+                    client.resume(job_id)
+                if job["status"] in ("succeeded", "failed", "cancelled"):
+                    return job
+            except ServiceError:
+                pass
+            time.sleep(0.1)
+        raise TimeoutError(f"{job_id} did not end within {CELL_DEADLINE_S} s: {job}")
+
+    def _revive(self) -> None:
+        assert self._service is not None and self._service.process is not None
+        if self._service.process.poll() is not None:
+            self._service.__enter__()
+
+    def _client(self) -> Client:
+        return Client(f"http://127.0.0.1:{self._port}")
+
+    def _data(self, kind: Kind) -> Path:
+        if kind == "online":
+            assert self._prompts is not None
+            return self._prompts
+        path = self._directory / "train.jsonl"
+        rows = [{"prompt": f"say {i} ", "completion": f"{i} " * 20} for i in range(64)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def _body(self, kind: Kind) -> dict[str, Any]:
+        training = {
+            "max_steps": STEPS[kind],
+            "checkpoint_every": CHECKPOINT_EVERY[kind],
+            "learning_rate": 1e-3,
+        }
+        if kind == "offline":
+            training |= {"epochs": 3, "batch_size": 16}
+            method: dict[str, Any] = {"preset": "mode_seeking", "training": training}
+            return {
+                "model": str(self._models[kind]),
+                "training_file": self._files[kind],
+                "method": {"type": "weighted", "weighted": method},
+                "resources": {"trainers": 2, "zero_stage": 2},
+            }
+        method = {
+            "reward": {"scheme": "exponential", "beta": 0.5, "scope": "group"},
+            "grader": {
+                "type": "string_check",
+                "input": "{{ sample.output_text }}",
+                "reference": "{{ item.reference }}",
+                "operation": "eq",
+            },
+            "rollout": {"samples_per_prompt": 4, "prompts_per_round": 4, "max_tokens": 8, "ties": "keep"},
+            "training": training,
+        }
+        return {
+            "model": str(self._models[kind]),
+            "training_file": self._files[kind],
+            "method": {"type": "online", "online": method},
+            "resources": {"trainers": 2, "zero_stage": 2, "generators": 1},
+        }
+
+
+def _is_progress(event: history.Event) -> bool:
+    return "loss" in event.data or "step" in event.data or event.state in history.ENDS
+
+
+@contextmanager
+def zygote(socket: Path) -> Iterator[None]:
+    """The process that others are forks of, ready."""
+    command = [sys.executable, str(HOOKS / "zygote.py"), str(socket)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@contextmanager
+def environ(changes: Mapping[str, str]) -> Iterator[None]:
+    """These variables for processes that are started within the block."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
