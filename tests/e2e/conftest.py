@@ -17,6 +17,8 @@ import psutil
 import pytest
 
 START_DEADLINE_S = 120
+# Engines end soon after a test, and a question waits for its engine however slow the machine is.
+INFERENCE = {"MODESEEK_INFERENCE_IDLE_S": "20", "MODESEEK_INFERENCE_WAIT_S": "300"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class RunningService:
             ],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH")},
+            env=INFERENCE
+            | {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH")},
             start_new_session=True,
         )
         url = f"http://127.0.0.1:{port}"
