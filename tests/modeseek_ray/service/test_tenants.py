@@ -87,6 +87,7 @@ CASES = {
     ("POST", HOOK + "/test"): Case("hidden", json={"event_type": "fine_tuning.job.failed"}),
     ("GET", "/v1/webhook_event_types"): Case("own"),
     ("GET", DRIVER): Case("driver"),
+    ("GET", DRIVER + "/files/{role}"): Case("driver", path=DRIVER + "/files/training_file"),
     ("POST", DRIVER + "/heartbeat"): Case("driver", json={"step": 99}),
     ("POST", DRIVER + "/events"): Case("driver", json={"events": [{"seq": 1, "message": "forged"}]}),
     ("POST", DRIVER + "/checkpoints"): Case("driver", json={"step": 1, "path": "{root}"}),
