@@ -9,7 +9,7 @@ PYTHON_VENV := .venv/bin/python
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: help setup setup-dev demo test test-page test-documents test-nodes check format serve playground bench faults load bench-forgetting bench-forgetting-small clean clean-all
+.PHONY: help setup setup-dev demo test test-page test-documents test-nodes fuzz check format serve playground bench faults load bench-forgetting bench-forgetting-small clean clean-all
 
 help:  ## Explain the targets (this text)
 	@echo "modeseek-ray: weighted fine-tuning of language models as a service on Ray"
@@ -42,6 +42,10 @@ test-documents: playground  ## Every command of the user's guide, training inclu
 
 test-nodes: setup-dev  ## A cluster of three machines on this one; nodes killed and cut off. Needs root (network namespaces)
 	@MODESEEK_NODE_TESTS=required $(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS) tests/nodes
+
+fuzz: setup-dev  ## Parsers (over 10^5 inputs), the store, and every route, at length (some 30 minutes)
+	@MODESEEK_FUZZ=1 $(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS) tests/modeseek_ray/test_fuzz.py \
+	  tests/modeseek_ray/jobs/test_store_machine.py tests/modeseek_ray/service/test_openapi.py
 
 check: setup-dev  ## Lint, formatting and types; Dockerfiles and compose
 	@echo "check: ruff" && .venv/bin/ruff check .

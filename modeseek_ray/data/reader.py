@@ -7,6 +7,7 @@ read in small batches. A bad record is yielded as its `DataError`, so that one p
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -211,16 +212,31 @@ def _bounded_int(digits: str) -> int:
     return value
 
 
+def _finite_float(digits: str) -> float:
+    """Python reads 1e999 as infinity, which JSON does not have."""
+    value = float(digits)
+    if not math.isfinite(value):
+        raise _not_finite(digits[:24])
+    return value
+
+
 def _no_constant(name: str) -> None:
-    raise DataError(
-        f"{name} is not JSON and not a usable number.",
+    raise _not_finite(name)
+
+
+def _not_finite(what: str) -> DataError:
+    return DataError(
+        f"{what} is not JSON and not a usable number.",
         mend="Drop the field, or write a finite number.",
         code="not_finite",
     )
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique_keys, parse_int=_bounded_int, parse_constant=_no_constant
+    object_pairs_hook=_unique_keys,
+    parse_int=_bounded_int,
+    parse_float=_finite_float,
+    parse_constant=_no_constant,
 )
 
 

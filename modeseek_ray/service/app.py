@@ -34,6 +34,7 @@ from modeseek_ray.service import (
 from modeseek_ray.service.context import Service
 from modeseek_ray.service.deliveries import Deliveries
 from modeseek_ray.service.limits import Limits
+from modeseek_ray.service.links import add_links
 from modeseek_ray.service.metrics import Metrics
 from modeseek_ray.service.middleware import RequestIds
 from modeseek_ray.service.notify import Notifier
@@ -116,6 +117,8 @@ def create_app(
         page,
     ):
         app.include_router(module.router)
+    plain = app.openapi
+    app.openapi = lambda: add_links(plain())  # type: ignore[method-assign]
     return app
 
 

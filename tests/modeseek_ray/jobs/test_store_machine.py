@@ -8,7 +8,6 @@ them, read anew from a store that was closed and opened again. `make fuzz` draws
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,12 +37,14 @@ from modeseek_ray.jobs.errors import (
 from modeseek_ray.jobs.records import EventDraft, JobRecord
 from modeseek_ray.jobs.states import DRIVER_STATES, TERMINAL, TRANSITIONS, public_status
 from modeseek_ray.jobs.store import Store
+from tests.modeseek_ray.fuzzing import LONG
 
 CONFIG = {"model": "m", "training_file": "f"}
 UNATTENDED = {"accepted", "validating", "queued", "paused", "recovering"}
 RUNS = {"starting", "running", "checkpointing"}
 COMING = {"accepted", "validating", "recovering"}
-LONG = bool(os.environ.get("MODESEEK_FUZZ"))
+
+pytestmark = pytest.mark.timeout(3600 if LONG else 300)
 
 
 @dataclass

@@ -6,9 +6,11 @@ their schemas. The service is real, on a port; cluster and validation are fakes.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import hypothesis
+import pytest
 import schemathesis
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.failures import FailureGroup
@@ -19,8 +21,27 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-EXAMPLES = 4  # per operation and mode
+from tests.modeseek_ray.fuzzing import LONG
+from tests.modeseek_ray.service.conftest import assert_explained
+
+EXAMPLES = 100 if LONG else 4  # per operation and mode
+WALKS, STEPS = (300, 30) if LONG else (12, 12)
+
+pytestmark = pytest.mark.timeout(3600 if LONG else 600)
+
+
+def explained(_context: Any, response: Any, _case: Any) -> None:
+    """A refusal names a code that the README's table has."""
+    assert_explained(response)
+
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    explained,
+]
 
 
 def test_every_answer_is_one_that_the_document_names(service: Any) -> None:
@@ -81,3 +102,65 @@ def exercise(operation: Any, mode: GenerationMode, known: dict[str, str]) -> set
 
     send()
     return statuses
+
+
+def test_walks_along_the_documents_links(service: Any) -> None:
+    """Stateful: ids from answers go into the operations that the document links them to, in any order.
+
+    A new job, file or endpoint is made before each listing, so that the first of the list is one that
+    nothing has happened to yet.
+    """
+    schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json")
+    seen: dict[str, set[int]] = defaultdict(set)
+    makes = {
+        "GET /v1/files": service.upload,
+        "GET /v1/fine_tuning/jobs": service.submit,
+        "GET /v1/webhook_endpoints": lambda: service.store.webhooks.create(
+            "default", "a", "https://203.0.113.1/", ["fine_tuning.job.failed"]
+        ),
+    }
+
+    class Walk(schema.as_state_machine()):  # type: ignore[misc]
+        def before_call(self, case: Any) -> None:
+            if case.operation.label in makes:
+                makes[case.operation.label]()
+                case.query = {"limit": 1}
+            if case.operation.path.endswith("/events"):
+                case.query = {**(case.query or {}), "stream": "false"}  # a stream has no end
+
+        def validate_response(self, response: Any, case: Any, *_: Any, **__: Any) -> None:
+            seen[case.operation.label].add(response.status_code)
+            case.validate_response(response, checks=CHECKS)
+
+    Walk.run(
+        settings=hypothesis.settings(
+            max_examples=WALKS,
+            stateful_step_count=STEPS,
+            deadline=None,
+            derandomize=not LONG,
+            database=None,
+            phases=[hypothesis.Phase.generate],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+    )
+    of_jobs = {label for label, statuses in seen.items() if "{job_id}" in label and 200 in statuses}
+    assert of_jobs, dict(seen)  # ids did go from one answer into the next request
+
+
+def test_links_lead_to_operations_that_exist(service: Any) -> None:
+    with service.http() as http:
+        paths = http.get("/openapi.json").json()["paths"]
+    operations = {o["operationId"]: (path, o) for path, item in paths.items() for o in item.values()}
+    links = [
+        link
+        for _, operation in operations.values()
+        for response in operation["responses"].values()
+        for link in response.get("links", {}).values()
+    ]
+    assert len(links) >= 30
+    for link in links:
+        path, _ = operations[link["operationId"]]
+        assert all(f"{{{name}}}" in path for name in link["parameters"])
+    created = paths["/v1/fine_tuning/jobs"]["post"]["responses"]["200"]["links"]
+    linked = {operations[link["operationId"]][0].rpartition("/")[2] for link in created.values()}
+    assert {"cancel", "pause", "resume", "events", "checkpoints", "weights", "report"} <= linked
