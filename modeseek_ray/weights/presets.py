@@ -41,7 +41,8 @@ PRESETS: dict[str, Preset] = {
         {"likelihood": {"scheme": "ratio_power", "of": "policy_over_initial", "gamma": _ESS}},
         source="mode-seeking SFT, softmax(gamma log w) over the batch",
         checked="the listing softmax(gamma log w) times summed log-probabilities: same weights, parallel gradient",
-        differs="ratio per token (length_exponent 1), cap at 10, mean-one weights",
+        differs="ratio per token (length_exponent 1), cap at 10, mean-one weights; measured here"
+        " (tests/bench/forgetting/RESULTS.md, few runs): it kept the least of the old tasks of eight methods",
     ),
     "anchored": Preset(
         "the ratio turned round: at gamma 1 the geometric mean of data and start",
