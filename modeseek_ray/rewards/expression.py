@@ -187,9 +187,14 @@ def _evaluate(node: ast.expr, values: Mapping[str, float]) -> float:
         case ast.UnaryOp(op=op, operand=operand):
             value = _OPERATORS[type(op)](_evaluate(operand, values))
         case ast.Compare(left=left, ops=ops, comparators=others):
-            terms = [_evaluate(term, values) for term in (left, *others)]
-            pairs = zip(ops, terms, terms[1:], strict=False)
-            value = float(all(_OPERATORS[type(op)](a, b) for op, a, b in pairs))
+            value = 1.0
+            low = _evaluate(left, values)
+            for comparison, other in zip(ops, others, strict=True):  # what follows a false one is not looked at
+                high = _evaluate(other, values)
+                if not _OPERATORS[type(comparison)](low, high):
+                    value = 0.0
+                    break
+                low = high
         case ast.Call(func=ast.Name(id=name), args=arguments):
             value = float(_FUNCTIONS[name][0](*(_evaluate(term, values) for term in arguments)))
         case _:

@@ -4,7 +4,7 @@ import contextlib
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from modeseek_ray.rewards import SampleError
@@ -138,6 +138,7 @@ PYTHON = {"__builtins__": {}, "min": min, "max": max, "abs": abs} | {
 
 
 @given(EXPRESSIONS, st.tuples(*[st.integers(-1000, 1000).map(lambda n: n / 100)] * 3))
+@example("(1 < 0 <= log(a))", (-0.01, 0.0, 0.0))  # a chain ends at its first false comparison
 def test_safe_expressions_are_worth_what_python_says(text: str, numbers: tuple[float, float, float]) -> None:
     values = dict(zip(NAMES, numbers, strict=True))
     formula = parse_formula(text, NAMES)  # every expression of this grammar is allowed
