@@ -189,7 +189,8 @@ def _evaluate(node: ast.expr, values: Mapping[str, float]) -> float:
         case ast.Compare(left=left, ops=ops, comparators=others):
             value = 1.0
             low = _evaluate(left, values)
-            for comparison, other in zip(ops, others, strict=True):  # what follows a false one is not looked at
+            # As in Python, what follows a false comparison is not looked at.
+            for comparison, other in zip(ops, others, strict=True):
                 high = _evaluate(other, values)
                 if not _OPERATORS[type(comparison)](low, high):
                     value = 0.0
