@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from modeseek_ray.retention import retention_at_success
 from tests.bench.forgetting.methods import baseline_of, methods_of
-from tests.bench.forgetting.study import TARGET, TRIALS, retention_of, score_of
+from tests.bench.forgetting.study import TARGET, TRIALS, VALIDATION, retention_of, score_of
 from tests.bench.forgetting.train import STEPS
 
 DRAWS = 10_000
@@ -51,6 +51,8 @@ class Line:
     best_success: float  # mean over units of the path's best
     difference: Interval | None  # to the baseline, where both reached .9 in every unit
     to_control: Interval | None
+    matched: Interval | None  # difference to the baseline where both first reach what both reach, .9 at most
+    matched_success: float | None  # that success, mean over units
     at_equal_compute: float | None  # retention, where .9 is reached within plain training's processor time
     reached_at_equal_compute: int
     verdict: str
@@ -64,19 +66,25 @@ def paths(
 
 
 def selected(runs: Sequence[Mapping[str, Any]], arch: str, variant: str) -> tuple[dict[str, int], int]:
-    """The trial of each method chosen on the validation unit, and how many trials each was chosen from."""
-    tried: dict[str, dict[int, Mapping[str, Any]]] = {}
+    """The trial of each method chosen on the validation units, and how many trials each was chosen from."""
+    tried: dict[str, dict[int, dict[Unit, Mapping[str, Any]]]] = {}
     for run in paths(runs, arch, variant, validation=True):
-        tried.setdefault(run["method"], {})[run["trial"]] = run
+        of_trial = tried.setdefault(run["method"], {}).setdefault(run["trial"], {})
+        of_trial[run["base_seed"], run["data_seed"]] = run
     had = {
-        n: next(t for t in range(TRIALS + 1) if t not in tried[n]) for n in methods_of(variant) if n in tried
+        name: next(t for t in range(TRIALS + 1) if len(tried[name].get(t, {})) < len(VALIDATION))
+        for name in methods_of(variant)
+        if name in tried
     }
     known = [name for name, count in had.items() if count >= LEAST_TRIALS]
     if not known:
         return {}, 0
     common = min(had[name] for name in known)
-    best = {n: max(range(common), key=lambda t: score_of(tried[n][t]["path"])) for n in known}
-    return best, common
+
+    def score(name: str, trial: int) -> tuple[int, float]:
+        return score_of([tried[name][trial][unit]["path"] for unit in VALIDATION])
+
+    return {name: max(range(common), key=lambda t: score(name, t)) for name in known}, common
 
 
 def hierarchical_bootstrap(by_unit: Mapping[Unit, float], *, draws: int = DRAWS, seed: int = 0) -> Interval:
@@ -140,6 +148,7 @@ def headline(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: 
         control = methods_of(variant)[name].control
         difference = _paired(kept[name], kept.get(baseline, {}), units) if name != baseline else None
         to_control = _paired(kept[name], kept.get(control, {}), units) if control else None
+        matched = _matched(of_unit, by_method.get(baseline, {}), units) if name != baseline else None
         all_reached = len(reached) == len(units)
         lines.append(
             Line(
@@ -153,6 +162,8 @@ def headline(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: 
                 best_success=float(np.mean([max(p["success"] for p in r["path"]) for r in of_unit.values()])),
                 difference=difference,
                 to_control=to_control,
+                matched=None if matched is None else matched[0],
+                matched_success=None if matched is None else matched[1],
                 at_equal_compute=float(np.mean(known_within)) if known_within else None,
                 reached_at_equal_compute=len(known_within),
                 verdict=_verdict(name, baseline, all_reached, difference, to_control, control),
@@ -172,6 +183,26 @@ def _paired(
             return None
         differences[unit] = a - b
     return hierarchical_bootstrap(differences) if differences else None
+
+
+def _matched(
+    mine: Mapping[Unit, Mapping[str, Any]], other: Mapping[Unit, Mapping[str, Any]], units: Sequence[Unit]
+) -> tuple[Interval, float] | None:
+    """Paired differences of retention at the success that both reach, and the mean of it over units."""
+    differences, common = {}, []
+    for unit in units:
+        if unit not in mine or unit not in other:
+            return None
+        kept = []
+        success = [[row["success"] for row in runs[unit]["path"]] for runs in (mine, other)]
+        target = min(TARGET, *(max(s) for s in success))
+        for runs, reached in zip((mine, other), success, strict=True):
+            kept.append(retention_at_success(reached, retention_of(runs[unit]["path"]), target=target))
+        if kept[0] is None or kept[1] is None:
+            return None
+        differences[unit] = kept[0] - kept[1]
+        common.append(target)
+    return (hierarchical_bootstrap(differences), float(np.mean(common))) if differences else None
 
 
 def _within(run: Mapping[str, Any], per_step: float, budget_s: float) -> float | None:

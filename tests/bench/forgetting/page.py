@@ -23,7 +23,7 @@ from tests.bench.forgetting.analysis import (
     write_results,
 )
 from tests.bench.forgetting.methods import baseline_of, methods_of
-from tests.bench.forgetting.study import Store, report_jobs, select
+from tests.bench.forgetting.study import REPORT, Store, report_jobs, select
 
 TITLES = {
     "standard": "Near, middle and far right answers",
@@ -101,6 +101,7 @@ def cells(line: Line) -> list[str]:
         "–" if line.retention is None else f"{100 * line.retention:.1f} %",
         _points(line.difference),
         _points(line.to_control),
+        _matched(line),
         "–" if line.text_nats is None else f"{line.text_nats:+.2f}",
         _equal_compute(line),
         line.verdict,
@@ -114,6 +115,7 @@ COLUMNS = (
     "retention at .9",
     "minus baseline, points [95 %]",
     "minus shuffled control",
+    "minus baseline at matched success",
     "text, nats",
     "retention at equal compute",
     "verdict",
@@ -124,6 +126,12 @@ def _points(interval: Interval | None) -> str:
     if interval is None:
         return "–"
     return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def _matched(line: Line) -> str:
+    if line.matched is None or line.matched_success is None:
+        return "–"
+    return f"{_points(line.matched)} at {line.matched_success:.2f}"
 
 
 def _equal_compute(line: Line) -> str:
@@ -162,7 +170,8 @@ def _coverage(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units:
     missing = [name for name in methods_of(variant) if name not in trials or name not in ran]
     units_text = ", ".join(f"{base}.{data}" for base, data in units)
     text = (
-        f"Report units (base.data): {units_text} of 6 planned; {common} trials of each method of 10 planned."
+        f"Report units (base.data): {units_text} of {len(REPORT)} planned;"
+        f" {common} trials of each method of 10 planned."
     )
     return text + (f" Not run: {', '.join(missing)}." if missing else " All methods were run.")
 
@@ -225,20 +234,22 @@ def _data(file: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
-def small_table(home: Path, arch: str, trials: int, methods: Sequence[str], units: Sequence[Unit]) -> str:
+def small_table(
+    home: Path, arch: str, trials: int, methods: Sequence[str], selected_on: Unit, reported: Unit
+) -> str:
     """Retention at success .9 of the reduced set's methods, beside what the full results say of them."""
     from tests.bench.forgetting.analysis import at_target
     from tests.bench.forgetting.study import retention_of
 
     rows = Store(home / "bench-forgetting" / "runs.jsonl").rows()
-    chosen = select(arch, "standard", rows, trials, methods)
+    chosen = select(arch, "standard", rows, trials, methods, [selected_on])
     committed = HERE / "results.parquet"
     full: dict[str, Line] = {}
     if committed.exists():
         runs = read_results(committed)
         full = {x.method: x for x in headline(runs, arch, "standard", units_of(runs, arch, "standard"))}
     lines = [f"{'method':14}{'selected':28}{'retention at success .9':>25}{'full results':>14}"]
-    for job in report_jobs(arch, "standard", chosen, units):
+    for job in report_jobs(arch, "standard", chosen, [reported]):
         row = rows.get(job.key)
         if row is None:
             continue

@@ -29,7 +29,7 @@ from modeseek_ray.objectives.parameters import factor_parameters
 from modeseek_ray.types import Evidence, FloatArray, Sample, Weights
 from modeseek_ray.weights import Weighting, kl_coefficient, needs, observe, weigh
 
-STEPS, BATCH = 80, 32
+STEPS, BATCH = 120, 32
 REPLAY_SHARE = 1 / 16
 MAX_GRAD_NORM = 1.0
 
