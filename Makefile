@@ -68,8 +68,8 @@ playground: setup  ## Make the small MoE and dense models and their data (5 minu
 bench: setup-dev playground  ## Every speed benchmark beside its peer, one table (20 minutes; goes on where it was)
 	@$(PYTHON_VENV) -m tests.bench $(BENCH_ARGS)
 
-faults: setup-dev playground  ## Break everything at every point: kills, stops, full disks; the table of all cells
-	@$(PYTHON_VENV) -m tests.faults
+faults: setup-dev playground  ## Break everything at every point: kills, stops, full disks; the table of all cells (goes on where it was)
+	@mkdir -p build && $(PYTHON_VENV) -m tests.faults --out build/faults.md
 
 load: setup-dev  ## The service under 464 clients on loopback for ten minutes: latencies, event lag, memory
 	@$(PYTHON_VENV) -m tests.bench.load --seconds 600

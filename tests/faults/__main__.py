@@ -6,11 +6,13 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from tests.conftest import save_tiny
 from tests.faults.cells import CELLS, Cell, Kind, pairwise
-from tests.faults.laboratory import Finding, Laboratory
+from tests.faults.laboratory import Laboratory
+from tests.faults.table import Table
 
 
 def main() -> int:
@@ -19,25 +21,40 @@ def main() -> int:
     parser.add_argument("--kind", choices=["offline", "online"], help="cells of one kind of job")
     parser.add_argument("--pairwise", action="store_true", help="a selection that meets every pair of values")
     parser.add_argument("--no-forks", action="store_true", help="every process imports its own packages")
+    parser.add_argument("--out", type=Path, help="append rows to this Markdown file; cells in it are skipped")
     asked = parser.parse_args()
     cells = [cell for cell in CELLS if asked.kind in (None, cell.kind)]
     cells = [cell for cell in cells if not asked.texts or any(text in str(cell) for text in asked.texts)]
     if asked.pairwise:
         cells = pairwise(cells)
+    table = Table(asked.out)
+    left = [cell for cell in cells if str(cell) not in table.kept]
+    final = _run(left, table, forks=not asked.no_forks) if left else []
+    sound = sum(table.kept.get(str(cell), "not done").startswith("yes") for cell in cells)
+    print(f"\n{sound} of {len(cells)} cells keep every promise. At the end: {final or 'nothing lost'}.")
+    return 1 if sound < len(cells) or final else 0
+
+
+def _run(cells: list[Cell], table: Table, *, forks: bool) -> list[str]:
+    """Cell by cell on one service. Returns what is wrong with its store at the end."""
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         directory = Path(name)
         models, prompts = _models(cells, directory)
-        with Laboratory(directory, models, prompts, forks=not asked.no_forks) as laboratory:
-            print("| fault | kept | attempts | steps redone | recovered in s | whole job, s |")
-            print("|---|---|---|---|---|---|", flush=True)
-            findings = [show(laboratory.calm(kind)) for kind in models]
-            findings += [show(laboratory.run(cell)) for cell in cells]
-            final = laboratory.final_problems()
-    broken = sum(bool(finding.problems) for finding in findings)
-    print(
-        f"\n{len(cells) - broken} of {len(cells)} cells keep every promise. At the end: {final or 'nothing lost'}."
-    )
-    return 1 if broken or final else 0
+        with Laboratory(directory, models, prompts, forks=forks) as laboratory:
+            for kind in models:
+                calm = laboratory.calm(kind)
+                table.add(calm)
+                if calm.problems:  # nothing to compare with; they stay to be done
+                    cells = [cell for cell in cells if cell.kind != kind]
+            started = time.monotonic()
+            for done, cell in enumerate(cells):
+                eta = ""
+                if done:
+                    rest_s = (time.monotonic() - started) / done * (len(cells) - done)
+                    eta = f", about {rest_s / 60:.0f} min to go"
+                print(f"{done + 1} of {len(cells)}: {cell}{eta}", file=sys.stderr, flush=True)
+                table.add(laboratory.run(cell))
+            return laboratory.final_problems()
 
 
 def _models(cells: list[Cell], directory: Path) -> tuple[dict[Kind, Path], Path | None]:
@@ -58,18 +75,6 @@ def _models(cells: list[Cell], directory: Path) -> tuple[dict[Kind, Path], Path 
         models["online"] = model
         prompts = data_files(home)["new-task.prompts"]
     return models, prompts
-
-
-def show(finding: Finding) -> Finding:
-    kept = "; ".join(finding.problems) or ("yes, replayed" if finding.replayed else "yes")
-    name = finding.cell or f"{finding.kind}: none"
-    recovered = "" if finding.recovered_s is None else f"{finding.recovered_s:.1f}"
-    print(
-        f"| {name} | {kept} | {finding.attempts} | {finding.redone_steps} | {recovered}"
-        f" | {finding.seconds:.0f} |",
-        flush=True,
-    )
-    return finding
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,17 @@ from modeseek_ray.client import Client
 from modeseek_ray.errors import ServiceError
 from tests.conftest import find_free_port
 from tests.e2e.conftest import RunningService
-from tests.faults import history
+from tests.faults import history, jobs
 from tests.faults.cells import Cell, Kind
 from tests.faults.history import ClientLog, Trained
 
-STEPS = {"offline": 12, "online": 6}
-CHECKPOINT_EVERY = {"offline": 4, "online": 2}
 LEASE_S = 15
 # Long for a small job, short for who waits for a stopped one.
 DEADLINES_S = {
     "setup": 120, "score": 60, "rollout": 30, "step": 15, "sync": 30, "checkpoint": 15, "export": 60
 }  # fmt: skip
 CELL_DEADLINE_S = 240
+CANCEL_DEADLINE_S = 60
 HOOKS = Path(__file__).parent / "hooks"
 ROOT = Path(__file__).parents[2]
 
@@ -105,15 +104,19 @@ class Laboratory:
         self._stack.callback(self._service.__exit__)
         with self._client() as client:
             for kind in self._models:
-                self._files[kind] = client.upload(self._data(kind))["id"]
+                self._files[kind] = client.upload(jobs.training_file(kind, self._directory, self._prompts))[
+                    "id"
+                ]
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def run(self, cell: Cell) -> Finding:
-        """One job, with the fault of `cell`, compared with one without."""
+        """One job, with the fault of `cell`, compared with one without. A job that never ends is a finding too."""
         calm = self.calm(cell.kind)
+        if calm.problems:
+            return replace(calm, cell=cell, problems=["there is no run without a fault to compare with"])
         if cell.point.endswith((".score", ".block")):
             shutil.rmtree(self._home / "cache" / "scores", ignore_errors=True)
         found = self._observe(cell, cell.kind)
@@ -127,16 +130,18 @@ class Laboratory:
             problems.append("other weights than without the fault")
         if found.trained != calm.trained:
             problems.append("samples were trained another number of times than without the fault")
-        return Finding(**{**vars(found), "replayed": replayed})
+        return replace(found, replayed=replayed)
 
     def calm(self, kind: Kind) -> Finding:
-        """The run without a fault, made once."""
+        """The run without a fault, made once; once more where the first has failed."""
         if kind not in self._calm:
-            self._calm[kind] = self._observe(None, kind)
+            found = self._observe(None, kind)
+            self._calm[kind] = found if not found.problems else self._observe(None, kind)
         return self._calm[kind]
 
     def final_problems(self) -> list[str]:
         """What can be seen of all jobs at the end: none lost or doubled, none changed after its end."""
+        self._revive()
         database = self._home / "store.sqlite3"
         problems = list(history.submission_problems(self._log, database))
         with self._client() as client:
@@ -146,24 +151,39 @@ class Laboratory:
         return problems
 
     def _observe(self, cell: Cell | None, kind: Kind, rollouts_of: str | None = None) -> Finding:
+        """One job to its end. Whatever goes wrong is said in the finding, and nothing of the job is left."""
         fired = Path(f"{self._plan}.fired")
         fired.unlink(missing_ok=True)
         self._plan.write_text("{}" if cell is None else cell.plan())
         started = time.monotonic()
-        with self._client() as client:
-            job_id = self._submit(client, kind)
-            if rollouts_of is not None:  # before it can have started: validation takes longer
-                jobs = self._home / "jobs"
-                shutil.copytree(jobs / rollouts_of / "rollouts", jobs / job_id / "rollouts")
-            follower = threading.Thread(target=self._follow, args=(job_id,), daemon=True)
-            follower.start()
-            job = self._until_ended(client, job_id, resumes=cell is not None and cell.action == "ENOSPC")
-            follower.join(60)
-        seconds = time.monotonic() - started
+        job_id = ""
+        try:
+            with self._client() as client:
+                job_id = self._submit(client, kind)
+                if rollouts_of is not None:  # before it can have started: validation takes longer
+                    home = self._home / "jobs"
+                    shutil.copytree(home / rollouts_of / "rollouts", home / job_id / "rollouts")
+                follower = threading.Thread(target=self._follow, args=(job_id,), daemon=True)
+                follower.start()
+                job = self._until_ended(client, job_id, resumes=cell is not None and cell.action == "ENOSPC")
+                follower.join(60)
+            seconds = time.monotonic() - started
+            return self._look(cell, kind, job, seconds, fired)
+        except Exception as error:  # the table goes on
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
+            left = self._clear_away(job_id)
+            seconds = time.monotonic() - started
+            return Finding(cell, kind, job_id, seconds, 0, 0, None, "", Trained(), problems=[problem, *left])
+
+    def _look(
+        self, cell: Cell | None, kind: Kind, job: dict[str, Any], seconds: float, fired: Path
+    ) -> Finding:
+        """What the history of an ended job says, by itself."""
+        job_id = job["id"]
         self._log.ended[job_id] = job
         stored = history.read(self._home / "store.sqlite3", job_id)
         problems = list(history.job_problems(stored, self._log))
-        problems += history.step_problems(stored, STEPS[kind], CHECKPOINT_EVERY[kind])
+        problems += history.step_problems(stored, jobs.STEPS[kind], jobs.CHECKPOINT_EVERY[kind])
         if len(self._log.seen[job_id]) != len(stored.events):
             problems.append(f"the stream gave {len(self._log.seen[job_id])} of {len(stored.events)} events")
         if job["status"] != "succeeded":
@@ -175,7 +195,6 @@ class Laboratory:
                 (e.created_at - at for e in stored.events if e.created_at > at and _is_progress(e)), None
             )
         results = self._home / "jobs" / job_id / "results"
-        record = json.loads((results / "job.json").read_text())
         steps = [step for _, step in stored.steps]
         return Finding(
             cell,
@@ -185,19 +204,45 @@ class Laboratory:
             job["attempt"],
             len(steps) - len(set(steps)),
             recovered_s,
-            record.get("weights_sha256", ""),
+            _weights_sha256(results),
             history.trained(results) if job["status"] == "succeeded" else Trained(),
             problems=problems,
         )
 
+    def _clear_away(self, job_id: str) -> list[str]:
+        """Cancel the job, so that it neither takes the next one's workers nor meets its fault.
+
+        Where that does not end it, the service and its Ray go, and new ones come.
+        """
+        self._plan.write_text("{}")
+        deadline = time.monotonic() + CANCEL_DEADLINE_S
+        while time.monotonic() < deadline:
+            try:
+                self._revive()
+                with self._client() as client:
+                    if not job_id or client.job(job_id)["status"] in history.ENDS:
+                        return []
+                    client.cancel(job_id)
+            except (ServiceError, AssertionError):
+                pass  # ended meanwhile, or the service is not there yet
+            time.sleep(0.5)
+        assert self._service is not None and self._service.process is not None
+        try:
+            self._service.__exit__()
+        except subprocess.TimeoutExpired:
+            self._service.process.kill()
+        self._service.__enter__()
+        return ["cancelling did not end it"]
+
     def _submit(self, client: Client, kind: Kind) -> str:
         """Until it is answered, with one key: the API may be what is broken."""
         key = f"cell-{len(self._log.answered)}"
+        body = jobs.body(kind, self._models[kind], self._files[kind])
         deadline = time.monotonic() + CELL_DEADLINE_S
         while True:
             self._revive()
             try:
-                job_id = str(client.submit(self._body(kind), idempotency_key=key, patience_s=0)["id"])
+                job_id = str(client.submit(body, idempotency_key=key, patience_s=0)["id"])
             except ServiceError:
                 if time.monotonic() > deadline:
                     raise
@@ -228,7 +273,8 @@ class Laboratory:
             except ServiceError:
                 pass
             time.sleep(0.1)
-        raise TimeoutError(f"{job_id} did not end within {CELL_DEADLINE_S} s: {job}")
+        was = {name: job.get(name) for name in ("state", "attempt", "progress", "error")}
+        raise TimeoutError(f"{job_id} did not end within {CELL_DEADLINE_S} s: {was}")
 
     def _revive(self) -> None:
         assert self._service is not None and self._service.process is not None
@@ -238,47 +284,11 @@ class Laboratory:
     def _client(self) -> Client:
         return Client(f"http://127.0.0.1:{self._port}")
 
-    def _data(self, kind: Kind) -> Path:
-        if kind == "online":
-            assert self._prompts is not None
-            return self._prompts
-        path = self._directory / "train.jsonl"
-        rows = [{"prompt": f"say {i} ", "completion": f"{i} " * 20} for i in range(64)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
 
-    def _body(self, kind: Kind) -> dict[str, Any]:
-        training = {
-            "max_steps": STEPS[kind],
-            "checkpoint_every": CHECKPOINT_EVERY[kind],
-            "learning_rate": 1e-3,
-        }
-        if kind == "offline":
-            training |= {"epochs": 3, "batch_size": 16}
-            method: dict[str, Any] = {"preset": "mode_seeking", "training": training}
-            return {
-                "model": str(self._models[kind]),
-                "training_file": self._files[kind],
-                "method": {"type": "weighted", "weighted": method},
-                "resources": {"trainers": 2, "zero_stage": 2},
-            }
-        method = {
-            "reward": {"scheme": "exponential", "beta": 0.5, "scope": "group"},
-            "grader": {
-                "type": "string_check",
-                "input": "{{ sample.output_text }}",
-                "reference": "{{ item.reference }}",
-                "operation": "eq",
-            },
-            "rollout": {"samples_per_prompt": 4, "prompts_per_round": 4, "max_tokens": 8, "ties": "keep"},
-            "training": training,
-        }
-        return {
-            "model": str(self._models[kind]),
-            "training_file": self._files[kind],
-            "method": {"type": "online", "online": method},
-            "resources": {"trainers": 2, "zero_stage": 2, "generators": 1},
-        }
+def _weights_sha256(results: Path) -> str:
+    """Empty where the attempt did not get as far as its record: set-up failed."""
+    record = results / "job.json"
+    return str(json.loads(record.read_text()).get("weights_sha256", "")) if record.is_file() else ""
 
 
 def _is_progress(event: history.Event) -> bool:
