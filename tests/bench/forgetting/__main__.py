@@ -7,7 +7,7 @@
     python -m tests.bench.forgetting small                   # the reduced set, under 10 minutes on two cores
 
 Every run is stored the moment it ends, under MODESEEK_HOME/bench-forgetting/runs.jsonl; stop with Ctrl-C at any
-time, start again to go on. Two processes may share the work if they are given different --units. One run
+time, start again to go on. Processes may share the work: `--share 1/2` here and `--share 2/2` there. One run
 is 120 steps of 32 rows on a model of 0.4 M parameters: 4 to 9 seconds of one core.
 """
 
@@ -29,7 +29,7 @@ PIECES = ("standard", "rewards", "far", "noisy", "lengths")
 FOLLOWING = ("far", "noisy", "lengths")  # take over the trials selected in `standard`
 # The reduced set: what the headline is about, on one report base.
 SMALL_METHODS = ("sft", "mode_seeking", "anchored", "flow", "dft")
-SMALL_VALIDATION, SMALL_REPORT = (1, 0), (4, 1)
+SMALL_VALIDATION, SMALL_REPORT = (1, 0), (5, 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     running.add_argument(
         "--units", nargs="+", metavar="BASE.DATA", help="only these units, 1.1 for example (all)"
     )
+    running.add_argument("--share", default="1/1", metavar="K/N", help="the K-th of N equal shares (1/1)")
+    running.add_argument("--device", default="cpu", help="where models train: cpu or cuda (cpu)")
     running.add_argument("--minutes", type=float, help="begin no run after this long")
     add("show", "How much of each piece is there.")
     reporting = add("report", "Tables, figures and the page, from the stored runs or from a results file.")
@@ -72,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     reduced = add("small", "Five methods, five learning rates, one report base: the headline's direction.")
     reduced.add_argument("--out", type=Path, default=Path("build/forgetting-small"), help="where to write")
     reduced.add_argument("--minutes", type=float, default=9.0, help="begin no run after this long (9)")
+    reduced.set_defaults(share="1/1", device="cpu")
     return parser
 
 
@@ -102,7 +105,7 @@ def _do(
     chosen_on = [unit for unit in study.VALIDATION if not units or unit in units]
     if piece not in FOLLOWING and chosen_on:
         jobs = list(study.validation_jobs(options.arch, piece, options.trials, chosen_on))
-        if not work(_chosen(jobs, methods), store, options.home, deadline, f"{piece}: validation"):
+        if not work(_chosen(options, jobs, methods), store, options, deadline, f"{piece}: validation"):
             return False
     report_units = [unit for unit in study.REPORT if not units or unit in units]
     if not report_units:
@@ -113,31 +116,34 @@ def _do(
         print(f"{piece}: nothing was selected yet; run the validation of {source} first", file=sys.stderr)
         return True
     jobs = list(study.report_jobs(options.arch, piece, selected, report_units))
-    return work(_chosen(jobs, methods), store, options.home, deadline, f"{piece}: report")
+    return work(_chosen(options, jobs, methods), store, options, deadline, f"{piece}: report")
 
 
-def _chosen(jobs: Sequence[Any], methods: Sequence[str] | None) -> list[Any]:
-    return [job for job in jobs if methods is None or job.method in methods]
+def _chosen(options: argparse.Namespace, jobs: Sequence[Any], methods: Sequence[str] | None) -> list[Any]:
+    """This process's share of the jobs with these methods."""
+    mine, shares = (int(x) for x in options.share.split("/"))
+    return [job for job in jobs if methods is None or job.method in methods][mine - 1 :: shares]
 
 
-def work(jobs: Sequence[Any], store: Any, home: Path, deadline: float | None, title: str) -> bool:
+def work(
+    jobs: Sequence[Any], store: Any, options: argparse.Namespace, deadline: float | None, title: str
+) -> bool:
     """Run the jobs that are not stored, with a bar; False if time ran out."""
     import torch
 
     from tests.bench.forgetting.study import Unit
 
     torch.set_num_threads(1)
-    unit: Unit | None = None
-    unit_of = None
+    units: dict[Any, Unit] = {}
     for job in _with_bar([j for j in jobs if j.key not in store.rows()], title):
         if deadline is not None and time.monotonic() > deadline:
             return False
         if job.key in store.rows():  # another process was faster
             continue
-        if unit is None or unit_of != job.unit:
-            unit, unit_of = Unit(*job.unit, home), job.unit
-        result = unit.run(job.setting, whole_path=not job.is_validation)
-        store.add({**_identity(job), **result, **environment()})
+        if job.unit not in units:
+            units[job.unit] = Unit(*job.unit, options.home, options.device)
+        result = units[job.unit].run(job.setting, whole_path=not job.is_validation)
+        store.add({**_identity(job), **result, **environment(options.device)})
     return True
 
 
@@ -214,13 +220,14 @@ def small(options: argparse.Namespace) -> int:
 _ENVIRONMENT: dict[str, Any] = {}
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """Commit, versions, the kind of processor and its cores: nothing that names a machine."""
     if not _ENVIRONMENT:
         _ENVIRONMENT.update(
             commit=_git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
             cpu=_cpu(),
             cores=os.cpu_count(),
+            device="cpu" if device == "cpu" else _card(),
             versions={
                 "python": platform.python_version(),
                 **{n: version(n) for n in ("torch", "transformers", "numpy", "peft")},
@@ -232,6 +239,12 @@ def environment() -> dict[str, Any]:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def _card() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def _cpu() -> str:

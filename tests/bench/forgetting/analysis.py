@@ -23,9 +23,7 @@ from tests.bench.forgetting.train import STEPS
 DRAWS = 10_000
 LEAST_TRIALS = 5  # all five learning rates; a method that had fewer is not in the tables
 Unit = tuple[int, int]
-PER_RUN = (
-    "key arch variant method trial base_seed data_seed is_validation extra_cpu_s commit cpu cores".split()
-)
+PER_RUN = "key arch variant method trial base_seed data_seed is_validation extra_cpu_s commit cpu cores device".split()
 
 
 @dataclass(frozen=True)

@@ -148,10 +148,15 @@ def _equal_compute(line: Line) -> str:
 def _about_text(runs: Sequence[Mapping[str, Any]]) -> str:
     if not runs:
         return "No run is stored.\n"
-    cpu = ", ".join(sorted({f"{r['cpu']}, {r['cores']} cores" for r in runs}))
+    cpu = ", ".join(sorted({_machine(run) for run in runs}))
     commits = ", ".join(sorted({r["commit"] for r in runs}))
     versions = ", ".join(f"{k} {v}" for k, v in runs[0]["versions"].items())
     return f"{len(runs)} runs on {cpu}; commit {commits}; {versions}.\n"
+
+
+def _machine(run: Mapping[str, Any]) -> str:
+    where = "" if run["device"] == "cpu" else f"{run['device']}, beside "
+    return f"{where}{run['cpu']}, {run['cores']} cores"
 
 
 def _about(runs: Sequence[Mapping[str, Any]]) -> str:

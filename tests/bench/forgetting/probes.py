@@ -26,10 +26,11 @@ class Probes:
     """Everything measured is collated once; the start's hidden states on its own answers are kept."""
 
     def __init__(self, base: world.Base, frozen: ScoringModel, variant: str) -> None:
-        self._old = _Collated(world.old_tasks(base))
-        self._new = _Collated(world.new_problems(base, variant))
+        device = frozen.model.device
+        self._old = _Collated(world.old_tasks(base), device)
+        self._new = _Collated(world.new_problems(base, variant), device)
         own = _own_answers(base, variant)
-        self._own = collate(own, range(len(own)), pad_id=0)
+        self._own = collate(own, range(len(own)), pad_id=0).to(device)
         with torch.no_grad():
             hidden = frozen(*inputs(self._own), keep_hidden=True).hidden_M
         self._start = Reference(hidden, "forward", frozen.frozen_head())
@@ -71,11 +72,11 @@ class Probes:
 class _Collated:
     """Rows in batches of similar length."""
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    def __init__(self, samples: Sequence[Sample], device: torch.device) -> None:
         self.samples = samples
         order = sorted(range(len(samples)), key=lambda i: samples[i].length)
         self._cuts = [order[i : i + ROWS_AT_ONCE] for i in range(0, len(order), ROWS_AT_ONCE)]
-        self._batches: list[Batch] = [collate(samples, cut, pad_id=0) for cut in self._cuts]
+        self._batches: list[Batch] = [collate(samples, cut, pad_id=0).to(device) for cut in self._cuts]
 
     def score(self, module: ScoringModel) -> tuple[np.ndarray, np.ndarray]:
         """Of each row: whether every trained token is the argmax, and its summed NLL."""
@@ -83,8 +84,8 @@ class _Collated:
         for cut, batch in zip(self._cuts, self._batches, strict=True):
             scores: Any = module(*inputs(batch))
             correct_B = sum_by_sample(scores.correct_M, batch.sample_M, len(cut))
-            right[cut] = (correct_B == batch.num_tokens_B).numpy()
-            nll[cut] = -sum_by_sample(scores.log_prob_M, batch.sample_M, len(cut)).numpy()
+            right[cut] = (correct_B == batch.num_tokens_B).cpu().numpy()
+            nll[cut] = -sum_by_sample(scores.log_prob_M, batch.sample_M, len(cut)).cpu().numpy()
         return right, nll
 
 

@@ -20,7 +20,8 @@ def sample_answers(
 ) -> tuple[list[list[int]], list[list[float]]]:
     """An answer to each prompt, end token included where one was written, and its tokens' log-probabilities.
 
-    `model` is a transformers causal LM. Prompts of one length go through together, with a cache.
+    `model` is a transformers causal LM, `generator` on its device. Prompts of one length go through together,
+    with a cache.
     """
     was_training = model.training
     model.eval()
@@ -28,9 +29,8 @@ def sample_answers(
     log_probs: list[list[float]] = [[] for _ in prompts]
     for length in sorted({len(prompt) for prompt in prompts}):
         chosen = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        token_BT, log_prob_BT = _write(
-            model, torch.tensor([list(prompts[i]) for i in chosen]), end_id, generator
-        )
+        prompt_BS = torch.tensor([list(prompts[i]) for i in chosen], device=model.device)
+        token_BT, log_prob_BT = _write(model, prompt_BS, end_id, generator)
         for i, tokens, values in zip(chosen, token_BT.tolist(), log_prob_BT.tolist(), strict=True):
             stop = tokens.index(end_id) + 1 if end_id in tokens else len(tokens)
             answers[i], log_probs[i] = tokens[:stop], values[:stop]
@@ -40,7 +40,8 @@ def sample_answers(
 
 def _write(model: Any, prompt_BS: Tensor, end_id: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """[B, T] tokens and log-probabilities; what follows an end token means nothing."""
-    ids, cache, ended_B = prompt_BS, None, torch.zeros(len(prompt_BS), dtype=torch.bool)
+    ids, cache = prompt_BS, None
+    ended_B = torch.zeros(len(prompt_BS), dtype=torch.bool, device=prompt_BS.device)
     tokens, log_probs = [], []
     for _ in range(LONGEST):
         output = model.model(input_ids=ids, past_key_values=cache, use_cache=True)

@@ -96,7 +96,7 @@ class Learner:
     """A policy, its optimizer and its frozen start."""
 
     def __init__(self, model: Any, frozen: ScoringModel, setting: Setting, *, seed: int) -> None:
-        """`model` is trained in place."""
+        """`model` is trained in place, on the device it is on."""
         torch.manual_seed(seed)
         self.weighting = weighting_of(setting)
         if setting.lora_rank is not None:
@@ -148,7 +148,7 @@ class Learner:
         loss = weighted_loss_sum(
             scores.log_prob_M,
             batch.sample_M,
-            torch.from_numpy(values_N),
+            torch.from_numpy(values_N).to(batch.sample_M.device),
             factor_M,
             batch.num_tokens_B,
             "token",
@@ -235,7 +235,7 @@ class Run:
             log_policy_N = np.array([float(x.double().sum()) for x in start_N])
             weights = self._weigh(samples, log_policy_N, log_reference_N, log_data_N, done)
             for part in parts_of(len(samples), inner, seed=(self._seed, number)):
-                batch = collate(samples, part, pad_id=0)
+                batch = self._collate(samples, part)
                 log_start_M = torch.cat([start_N[i] for i in part])
                 scores = self._learner.forward(batch)
                 step = self._step(batch, scores, weights, weights.values_N[part], log_start_M)
@@ -243,13 +243,16 @@ class Run:
                 yield step
                 begun = time.process_time()
             return
-        batch = collate(samples, range(len(samples)), pad_id=0)
+        batch = self._collate(samples, range(len(samples)))
         scores = self._learner.forward(batch)
-        log_policy_N = sum_by_sample(scores.log_prob_M, batch.sample_M, len(samples)).numpy()
+        log_policy_N = sum_by_sample(scores.log_prob_M, batch.sample_M, len(samples)).cpu().numpy()
         weights = self._weigh(samples, log_policy_N, log_reference_N, log_data_N, done)
         step = self._step(batch, scores, weights, weights.values_N, None)
         self.cpu_s += time.process_time() - begun
         yield step
+
+    def _collate(self, samples: Sequence[Sample], picks: Sequence[int] | np.ndarray) -> Batch:
+        return collate(samples, picks, pad_id=0).to(self._learner.module.model.device)
 
     def _weigh(
         self,
@@ -326,7 +329,8 @@ def token_log_probs(module: ScoringModel, samples: Sequence[Sample], *, at_once:
     """Of each sample's trained tokens, in order."""
     found: list[Tensor] = []
     for first in range(0, len(samples), at_once):
-        batch = collate(samples, range(first, min(first + at_once, len(samples))), pad_id=0)
+        picks = range(first, min(first + at_once, len(samples)))
+        batch = collate(samples, picks, pad_id=0).to(module.model.device)
         found.extend(module(*inputs(batch)).log_prob_M.split(batch.num_tokens_B.tolist()))
     return found
 
