@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -16,7 +16,7 @@ from actors.cli import checks
 from actors.cli import doctor as examination
 from actors.cli.outlook import show_look
 from actors.cli.scale import show_scale
-from actors.commands.outlook import Look, look, write_look
+from actors.commands.outlook import Look, look, why_no_look, write_look
 from actors.commands.preflight import files_of, local_model, preflight
 from modeseek_ray.config import JobConfig, read_config
 from modeseek_ray.data.check import inspect_job
@@ -57,12 +57,15 @@ def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = F
     if options.plan:
         scaled = _scale(config, model, data, options)
         console.print(show_scale(scaled))
+    no_look = why_no_look(config) if options.score else None
+    if no_look is not None:
+        found = replace(found, warnings=(*found.warnings, no_look))
     for warning in found.warnings:
         console.print(f"warning: {warning.param or ''}: {warning.message}", style="yellow", highlight=False)
     answer = found.to_dict()
     if scaled is not None:
         answer["scale"] = scaled.to_dict()
-    if options.score:
+    if options.score and no_look is None:
         seen = _look(config, files["training_file"], model, home, behavior, options, console)
         answer["outlook"] = seen.to_dict()
         if options.html is not None:

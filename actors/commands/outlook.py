@@ -19,7 +19,7 @@ from modeseek_ray.config import JobConfig
 from modeseek_ray.data.dataset import Dataset
 from modeseek_ray.data.loading import load_samples
 from modeseek_ray.data.tokenizer import ChatTokenizer
-from modeseek_ray.errors import ConfigError
+from modeseek_ray.errors import ConfigError, NumericsError, Warn
 from modeseek_ray.jobs.look import ROWS, LookRequest
 from modeseek_ray.jobs.models import ModelInfo
 from modeseek_ray.types import Evidence, FloatArray, IntArray, Sample
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]  # samples done, samples in all
 
 @dataclass(frozen=True)
 class Look:
-    """Outlooks of several weightings on the same rows; `impossible` are those the data cannot feed."""
+    """Outlooks of several weightings on the same rows; `impossible` are those these rows cannot be weighed by."""
 
     num_rows_file: int
     num_rows: int
@@ -59,6 +59,19 @@ def weightings(config: JobConfig, presets: Sequence[str] = ()) -> dict[str, Weig
     return {OWN: config.weighting, **{name: Weighting(preset=name) for name in names}}
 
 
+def why_no_look(config: JobConfig) -> Warn | None:
+    """Why there is nothing to score before the job runs, if so: ask before `look`. The job itself is sound."""
+    if config.rollout is None:
+        return None
+    return Warn(
+        "nothing_to_score",
+        f"the rows of training_file are prompts, and a job of type {config.method.type} writes its samples itself:"
+        " there is nothing yet to score, so no outlook is given. Run the job for a round or two and look at its"
+        " rollouts: a job of type weighted with this weighting and results/rollouts.parquet as training_file.",
+        "training_file",
+    )
+
+
 def look(
     config: JobConfig,
     training_file: Path,
@@ -73,6 +86,7 @@ def look(
     """Score at most `rows` rows (0 = all) and weigh them in each way. Blocks while it scores.
 
     The rows are drawn prompt by prompt with the job's seed, so the same job sees the same sample.
+    For a job that writes its own samples (`why_no_look`) there are no rows.
     """
     chosen = weightings(config, presets)
     samples = _load(config, training_file, model)
@@ -139,7 +153,7 @@ def _weigh(dataset: Dataset, chosen: Mapping[str, Weighting], num_rows_file: int
     for name, weighting in chosen.items():
         try:
             seen.append(outlook(evidence, weighting, name=name, length_N=dataset.length_N, source_N=sources))
-        except ConfigError as error:
+        except (ConfigError, NumericsError) as error:  # what is not there, or what is and cannot be weighed
             impossible.append(not_possible(name, error, len(dataset)))
     nll_N = -np.asarray(dataset.log_reference_N) / dataset.num_tokens_N
     return Look(num_rows_file, len(dataset), float(np.median(nll_N)), tuple(seen), tuple(impossible))

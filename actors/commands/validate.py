@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.commands.outlook import look, write_look
+from actors.commands.outlook import look, why_no_look, write_look
 from actors.commands.preflight import preflight
 from modeseek_ray.data.check import inspect_job
 from modeseek_ray.errors import ModeseekError
@@ -23,7 +24,8 @@ def validate(job_id: str, home: Path, *, score: bool = False) -> int:
     """Print `{"ok", "error", "report"}`. The exit code is 0 whenever that could be said.
 
     With `score` the report has an `outlook`: what the job's weighting and the presets asked for
-    (`Home.look`) would do; and there is a page with plots (`Home.outlook_html`).
+    (`Home.look`) would do; and there is a page with plots (`Home.outlook_html`). A job that writes its
+    own samples has none yet: a warning says so.
     """
     json.dump(_outcome(job_id, Home(home), score), sys.stdout, allow_nan=False)
     sys.stdout.write("\n")
@@ -36,8 +38,11 @@ def _outcome(job_id: str, home: Home, score: bool) -> dict[str, Any]:
         data = inspect_job(spec.config, spec.files, spec.model_path, names=spec.filenames)
         has_behavior = spec.behavior_model_path is not None
         checked = preflight(spec.config, data, spec.model_path, has_behavior=has_behavior)
+        no_look = why_no_look(spec.config) if score else None
+        if no_look is not None:
+            checked = replace(checked, warnings=(*checked.warnings, no_look))
         report = checked.to_dict()
-        if score:
+        if score and no_look is None:
             request = LookRequest.read(home.look(job_id))
             seen = look(
                 spec.config,

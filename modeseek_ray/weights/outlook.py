@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from modeseek_ray.errors import ConfigError
+from modeseek_ray.errors import ModeseekError
 from modeseek_ray.types import Evidence, FloatArray, IntArray
 from modeseek_ray.weights.likelihood import RATIOS_TO_START
 from modeseek_ray.weights.metrics import STARVED_BELOW
@@ -103,7 +103,8 @@ def outlook(
 ) -> Outlook:
     """Weigh all rows as one batch at the start. `length_N` counts all tokens, `source_N` are `task` labels.
 
-    Raises `ConfigError` where the rows lack what the weighting looks at, as `weigh` does.
+    Raises `ConfigError` where the rows lack what the weighting looks at, `NumericsError` where they
+    cannot be weighed by it (too few samples of a prompt), as `weigh` does.
 
     >>> rows = Evidence(None, np.array([-2.0, -8.0]), np.array([2, 2]))
     >>> seen = outlook(rows, Weighting(), name="sft", length_N=np.array([4, 4]), source_N=["a", "a"])
@@ -145,8 +146,8 @@ def outlook(
     )
 
 
-def not_possible(name: str, error: ConfigError, num_rows: int) -> dict[str, Any]:
-    """What stands in an outlook's place where the data lack what the weighting looks at."""
+def not_possible(name: str, error: ModeseekError, num_rows: int) -> dict[str, Any]:
+    """What stands in an outlook's place where the data cannot be weighed by it."""
     return {"name": name, "num_rows": num_rows, "error": error.to_dict()}
 
 

@@ -15,9 +15,12 @@ from rich.console import Console
 from actors.cli.outlook import bars, show_look
 from actors.commands.check import LookOptions, check
 from actors.commands.outlook import Look, draw, look
+from actors.commands.validate import validate
 from modeseek_ray.config import parse_config, read_config
 from modeseek_ray.errors import ConfigError
+from modeseek_ray.jobs.look import LookRequest
 from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.spec import JobSpec
 from modeseek_ray.weights.outlook import RATIOS_ARE_ONE
 
 
@@ -62,6 +65,60 @@ def test_one_json_object_with_the_plan_and_every_preset(
     text = page.read_text()
     assert text.count("<svg") == 6  # histogram, sources and lengths of two weightings
     assert "<script" not in text and "rewards_N" in text
+
+
+def test_a_preset_these_rows_cannot_be_weighed_by_is_named_and_the_others_shown(
+    job_file: Path, tmp_path: Path
+) -> None:
+    """`bon` wants two rewarded answers of each prompt; the last one here has one."""
+    rows = [{"prompt": p, "completion": c, "group": p, "reward": i} for p in "ab" for i, c in enumerate("xy")]
+    rows.append({"prompt": "c", "completion": "x", "group": "c", "reward": 1})
+    (job_file.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = seen_by(job_file, tmp_path, presets=("bon", "flow"))
+    assert [each.name for each in seen.outlooks] == ["this job", "flow"]
+    assert [(each["name"], each["error"]["code"]) for each in seen.impossible] == [("bon", "numerics")]
+    assert "one has 1" in seen.impossible[0]["error"]["message"]
+
+
+ONLINE = {
+    "type": "online",
+    "online": {
+        "preset": "grpo",
+        "grader": {
+            "type": "string_check",
+            "operation": "eq",
+            "input": "{{ sample.output_text }}",
+            "reference": "{{ item.reference }}",
+        },
+        "rollout": {"max_tokens": 4},
+    },
+}
+BEST_OF_N = {"type": "best_of_n", "best_of_n": {k: ONLINE["online"][k] for k in ("grader", "rollout")}}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("method", [ONLINE, BEST_OF_N])
+def test_a_job_that_writes_its_samples_is_valid_and_told_that_there_is_nothing_to_score(
+    method: dict[str, Any], job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts with a reference are no demonstrations: read as such, they made the job look invalid."""
+    rows = [{"prompt": f"say {c}", "reference": c} for c in "abcdefgh"]
+    (job_file.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job_file.write_text(json.dumps({**json.loads(job_file.read_text()), "method": method}))
+    home = Home(tmp_path / "home")
+    assert check(job_file, home, LookOptions(score=True), as_json=True) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert "outlook" not in answer
+    (told,) = [w for w in answer["warnings"] if w["code"] == "nothing_to_score"]
+    assert "rollouts.parquet" in told["message"] and told["param"] == "training_file"
+
+    config = read_config(job_file)
+    files = {"training_file": job_file.parent / "train.jsonl"}
+    JobSpec("val-1", config, files, Path(config.model)).write(home.config("val-1"))
+    LookRequest().write(home.look("val-1"))
+    assert validate("val-1", home.storage, score=True) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["ok"] and outcome["error"] is None
+    assert [w["code"] for w in outcome["report"]["warnings"]].count("nothing_to_score") == 1
 
 
 def test_the_second_look_reads_the_scores_back(
