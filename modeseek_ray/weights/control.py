@@ -16,6 +16,7 @@ from modeseek_ray.weights.likelihood import RATIOS_TO_START
 from modeseek_ray.weights.solve import largest_feasible, largest_feasible_unbounded, log_conditional_ess
 
 NOISE_FACTOR = 3.0  # L counts as signal beyond this many deviations of what rounding alone gave
+UNTRAINED = "untrained"  # in the controller's state until the first step's report
 NEARER_WITH_GAMMA = {"initial": 1.0, "initial_over_policy": 1.0, "policy_over_initial": -1.0}
 
 
@@ -59,15 +60,12 @@ def choose_gamma(
     memory: Mapping[str, Any],
     median_nll: Callable[[], float],
 ) -> Solved:
-    """This step's gamma. The noise floor goes before every way to choose it.
+    """This step's gamma. The noise floor (`measure_noise`) goes before every way to choose it.
 
-    `progress` is finished steps over all steps; the first batch (0) is where policy and start are the
-    same model, so that what L varies by there is rounding.
+    `progress` is finished steps over all steps.
     """
-    remember: dict[str, Any] = {}
-    noise = memory.get("noise_std")
-    if tempering.of in RATIOS_TO_START and progress == 0 and noise is None:
-        noise = remember["noise_std"] = tempering.std
+    remember = measure_noise(tempering, progress=progress, memory=memory)
+    noise = remember.get("noise_std", memory.get("noise_std"))
     below_noise = (
         tempering.of in RATIOS_TO_START and noise is not None and tempering.std <= NOISE_FACTOR * noise
     )
@@ -75,6 +73,18 @@ def choose_gamma(
         return Solved(0.0, "noise", remember)
     solved = _choose(setting, tempering, progress, memory, median_nll)
     return Solved(solved.value, solved.bound_by, {**remember, **solved.remember}, solved.warnings)
+
+
+def measure_noise(tempering: Tempering, *, progress: float, memory: Mapping[str, Any]) -> dict[str, float]:
+    """`noise_std`, to remember: what L varies by before the first optimizer step, once; or nothing.
+
+    Until then policy and start are the same model, so that L is rounding. Rounds that are skipped move
+    `progress` and no weight, which is why `memory` says so itself (`UNTRAINED`); without it, no progress does.
+    """
+    untrained = bool(memory.get(UNTRAINED)) or progress == 0
+    if tempering.of not in RATIOS_TO_START or not untrained or memory.get("noise_std") is not None:
+        return {}
+    return {"noise_std": tempering.std}
 
 
 def _choose(
@@ -92,8 +102,7 @@ def _choose(
         case ways.ScheduleGamma():
             return Solved(scheduled(setting.schedule, progress), "schedule")
         case ways.BiasVarianceGamma():
-            trade = setting.bias_variance
-            return Solved(max(0.0, 1 - trade.variance_slope / (2 * trade.bias_squared)), "bias_variance")
+            return Solved(optimal_gamma(setting.bias_variance), "bias_variance")
         case ways.KlBudgetGamma():
             return _by_kl(setting.kl_budget, NEARER_WITH_GAMMA[str(tempering.of)], memory)
         case ways.InverseMedianNllGamma():
@@ -154,6 +163,15 @@ def adapt_kl_coefficient(kl: Kl, coefficient: float, measured_nats: float) -> fl
         return coefficient
     error = min(max(measured_nats / budget.nats - 1, -1.0), 1.0)
     return min(max(coefficient * (1 + budget.rate * error), budget.min), budget.max)
+
+
+def optimal_gamma(trade: ways.BiasVariance) -> float:
+    """The minimiser of delta (1 - gamma)^2 + sigma^2 gamma.
+
+    >>> optimal_gamma(ways.BiasVariance(bias_squared=1.0, variance_slope=0.5))
+    0.75
+    """
+    return max(0.0, 1 - trade.variance_slope / (2 * trade.bias_squared))
 
 
 def scheduled(schedule: ways.Schedule, progress: float) -> float:

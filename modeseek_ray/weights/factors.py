@@ -14,7 +14,7 @@ import numpy as np
 from modeseek_ray.errors import NumericsError
 from modeseek_ray.types import BoolArray, FloatArray
 from modeseek_ray.weights.batch import Batch
-from modeseek_ray.weights.control import Solved, Tempering, choose_beta, choose_gamma
+from modeseek_ray.weights.control import Solved, Tempering, choose_beta, choose_gamma, measure_noise
 from modeseek_ray.weights.gamma import PerSampleGamma
 from modeseek_ray.weights.guards import pareto_smooth
 from modeseek_ray.weights.likelihood import log_positive
@@ -84,7 +84,10 @@ def likelihood_factor(
     weight_A = batch.prior_A * g_A
     tempers = "gamma" in keywords(scheme)
     if not uses_likelihood(weighting) or not weight_A.any():
-        return Factor(np.ones(len(g_A)), 0.0 if tempers else None, "fixed" if tempers else "none")
+        noise = _noise_without_weight(batch, weighting, progress, memory)
+        return Factor(
+            np.ones(len(g_A)), 0.0 if tempers else None, "fixed" if tempers else "none", remember=noise
+        )
     base_A = weight_A / weight_A.sum()
     ratio_A = np.zeros(len(g_A))
     remember: Mapping[str, Any] = {}
@@ -116,6 +119,19 @@ def likelihood_factor(
     if mix > 0:
         values_A = (1 - mix) * values_A + mix
     return Factor(values_A, gamma, solved.bound_by, metrics, {**remember, **solved.remember}, solved.warnings)
+
+
+def _noise_without_weight(
+    batch: Batch, weighting: Weighting, progress: float, memory: Mapping[str, Any]
+) -> dict[str, float]:
+    """The noise of L where g is zero for every row: under the priors alone, which is all that is left."""
+    f = weighting.likelihood
+    reads_ratio = "log_ratio_N" in positionals(scheme_of("likelihood", f))
+    if not uses_likelihood(weighting) or not reads_ratio or not batch.prior_A.any():
+        return {}
+    base_A = batch.prior_A / batch.prior_A.sum()
+    tempering = Tempering(batch.log_ratio(f), base_A, np.zeros_like, getattr(f, "of", None))
+    return measure_noise(tempering, progress=progress, memory=memory)
 
 
 def _run(

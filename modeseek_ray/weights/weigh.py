@@ -22,7 +22,7 @@ from modeseek_ray.objectives.parameters import Kl
 from modeseek_ray.types import Evidence, FloatArray, StepReport, Weights
 from modeseek_ray.weights.batch import Batch
 from modeseek_ray.weights.checks import refuse_impossible
-from modeseek_ray.weights.control import adapt_kl_coefficient, kl_coefficient
+from modeseek_ray.weights.control import UNTRAINED, adapt_kl_coefficient, kl_coefficient
 from modeseek_ray.weights.factors import Factor, likelihood_factor, reward_factor
 from modeseek_ray.weights.guards import cap_keeping_sum
 from modeseek_ray.weights.metrics import measure
@@ -97,6 +97,12 @@ def observe(
 
     `kl_nats` is the forward KL to the start per trained token, `median_initial_nll` the data set's
     median of the mean NLL per token under the start, `noise_std` the deviation of L by rounding.
+
+    What is observed of an empty state and comes of no step is what a job knows before its first: until
+    a report, the state then says that policy and start are still one model.
+
+    >>> observe(observe({}), StepReport(0, 1.0, 1.0, 0.5, 1.0, 1e-3, 6, kl_nats=0.25))
+    {'kl_nats': 0.25}
     """
     if report is not None:
         measured = {"kl_nats": report.kl_nats, **measured}
@@ -109,7 +115,9 @@ def observe(
     known = {name: float(value) for name, value in measured.items() if value is not None}
     if kl is not None and kl.budget is not None and "kl_nats" in known:
         known["kl_coefficient"] = adapt_kl_coefficient(kl, kl_coefficient(kl, state), known["kl_nats"])
-    return {**state, **known}
+    stepped = report is not None or "kl_nats" in known
+    before = {UNTRAINED: True} if not state and not stepped else state
+    return {**{name: value for name, value in before.items() if name != UNTRAINED or not stepped}, **known}
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from modeseek_ray.errors import NumericsError
+from modeseek_ray.types import StepReport
 from modeseek_ray.weights import (
     Evidence,
     Weighting,
@@ -142,6 +144,29 @@ class TestGamma:
         after = weigh(moved, weighting, progress=0.1, state=first.state)
         assert (after.gamma, after.bound_by) == (0.5, "fixed")
         assert after.metrics["L_over_noise"] == pytest.approx(3.1)
+
+    def test_noise_is_measured_before_the_first_step_however_many_rounds_were_skipped(self) -> None:
+        """Rounds without a batch move the progress, not the policy: without the floor, ess is at its cap."""
+        evidence, weighting = on_ratios([0.0, 1e-6, -1e-6], gamma=ess(0.3))
+        begun = observe({}, median_initial_nll=None)  # as a job begins
+        first = weigh(evidence, weighting, progress=0.2, state=begun)
+        assert (first.gamma, first.bound_by) == (0.0, "noise")
+        stepped = observe(first.state, StepReport(0, 1.0, 1.0, 0.5, 1.0, 1e-3, 6))
+        larger, _ = on_ratios([0.0, 1e-5, -1e-5])
+        assert weigh(larger, weighting, progress=0.4, state=stepped).gamma == 1.0
+        late = observe(begun, StepReport(0, 1.0, 1.0, 0.5, 1.0, 1e-3, 6))  # a step, and nothing was measured
+        assert "noise_std" not in weigh(evidence, weighting, progress=0.4, state=late).state
+
+    def test_noise_is_measured_where_no_reward_counts(self) -> None:
+        ratios, _ = on_ratios([0.0, 1e-6, -1e-6])
+        gamma = {"scheme": "ratio_power", "gamma": ess(0.3)}
+        rejecting = Weighting.model_validate(
+            {"likelihood": gamma, "reward": {"scheme": "threshold", "threshold": 1.0, "scope": "batch"}}
+        )
+        first = weigh(replace(ratios, rewards_N=np.zeros(3)), rejecting, progress=0.0)
+        assert first.state["noise_std"] == pytest.approx(1e-6 * math.sqrt(2 / 3))
+        second = weigh(replace(ratios, rewards_N=np.ones(3)), rejecting, progress=0.1, state=first.state)
+        assert (second.gamma, second.bound_by) == (0.0, "noise")
 
     def test_warmup_raises_the_cap(self) -> None:
         evidence, weighting = on_ratios([0, 1], gamma={"ess": {"floor": 0.6, "max": 1.0, "warmup": 0.1}})
