@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modeseek_ray.config import JobConfig
+from modeseek_ray.data.auto import auto_batch_size
 from modeseek_ray.data.report import DataReport
 from modeseek_ray.errors import ConfigError, ModelError, Warn
 from modeseek_ray.jobs.integrations import check_integrations
@@ -110,8 +111,7 @@ def refuse_replay_without_experts(config: JobConfig, model: ModelInfo) -> None:
 
 def facts_of(config: JobConfig, data: DataReport, *, has_behavior: bool) -> Facts:
     """What the weighting's own checks want to know of the data."""
-    training = data.training
-    batch_size = config.training.batch_size
+    training, asked = data.training, config.training
     if config.rollout is not None:  # samples, their rewards and log-probabilities are made by the job
         return Facts(
             batch_size=config.rollout.samples_per_round,
@@ -119,15 +119,22 @@ def facts_of(config: JobConfig, data: DataReport, *, has_behavior: bool) -> Fact
             has_log_behavior=True,
             has_token_logprobs=True,
             samples_per_prompt=config.rollout.samples_per_prompt,
+            smallest_rewarded_group=config.rollout.samples_per_prompt,
             inner_steps=config.training.inner_steps,
         )
+    num_rows = training.samples or training.rows
+    batch_size = asked.batch_size
+    if batch_size == "auto":
+        batch_size = auto_batch_size(num_rows, training.largest_group, asked.replay_share)
     return Facts(
-        batch_size=None if batch_size == "auto" else batch_size,
+        batch_size=batch_size,
+        num_rows=num_rows,
         has_rewards=training.has_rewards,
         has_log_behavior=training.has_logprobs or has_behavior,
         has_token_logprobs=training.has_token_logprobs,
         samples_per_prompt=training.largest_group,
+        smallest_rewarded_group=training.smallest_rewarded_group,
         smallest_reward=training.smallest_reward if training.has_rewards else None,
-        inner_steps=config.training.inner_steps,
-        replay_share=config.training.replay_share,
+        inner_steps=asked.inner_steps,
+        replay_share=asked.replay_share,
     )

@@ -82,7 +82,7 @@ def resolve_training(
 
     for_rows = f"picked for {num_rows} training rows"
     epochs = pick("epochs", _auto_epochs(num_rows), for_rows)
-    auto_size = _auto_batch_size(num_rows, largest_group, training.replay_share)
+    auto_size = auto_batch_size(num_rows, largest_group, training.replay_share)
     batch_size = pick("batch_size", auto_size, for_rows)
     learning_rate = _learning_rate(training, num_parameters, has_lora, messages)
     total_steps = epochs * steps_per_epoch(num_rows, batch_size, training.replay_share)
@@ -148,7 +148,12 @@ def _auto_epochs(num_rows: int) -> int:
     return max(1, min(TARGET_EPOCHS, MAX_EXAMPLES_SEEN // num_rows))
 
 
-def _auto_batch_size(num_rows: int, largest_group: int, replay_share: float) -> int:
+def auto_batch_size(num_rows: int, largest_group: int, replay_share: float) -> int:
+    """What `batch_size: auto` becomes: samples, replay included; as many as one prompt has, at least.
+
+    >>> auto_batch_size(3, 1, 0.0), auto_batch_size(1000, 1, 0.0), auto_batch_size(3, 1, 0.25)
+    (3, 16, 4)
+    """
     size = min(MAX_BATCH, max(MIN_BATCH, math.ceil(BATCH_SHARE * num_rows)))
     new_rows = max(min(size, num_rows), largest_group)
     return max(min(size, num_rows), math.ceil(new_rows / (1 - replay_share)))

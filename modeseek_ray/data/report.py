@@ -47,6 +47,10 @@ class FileReport:
     item_fields: set[str] = field(default_factory=set)
     """Of prompt rows: what graders can read, in any row."""
     _labelled: Counter[str | int] = field(default_factory=Counter)
+    _rewarded: Counter[str | int] = field(default_factory=Counter)
+    """Samples with a reward in each labelled group."""
+    _rewarded_alone: int | None = None
+    """Of the rows without a group: the fewest a rewarded one has, 2 for a pair."""
 
     def add_prompt(self, row: PromptRow, num_tokens: int = 0) -> None:
         """A question that the generator answers; `num_tokens` 0 = not counted."""
@@ -71,10 +75,18 @@ class FileReport:
             self.rows_with_reward += 1
             self.smallest_reward = min(*rewards, self.smallest_reward)
             self.largest_reward = max(*rewards, self.largest_reward)
+            self._count_rewarded(row)
         if row.task:
             self.tasks[row.task] += 1
         if row.group is not None:
             self._labelled[row.group] += 1
+
+    def _count_rewarded(self, row: Row) -> None:
+        if row.group is not None:
+            self._rewarded[row.group] += len(row.answers)
+            return
+        own = 1 if row.rewards is None else len(row.rewards)
+        self._rewarded_alone = min(own, self._rewarded_alone or own)
 
     def add_samples(self, samples: Sequence[Sample], num_truncated: int) -> None:
         self.samples += len(samples)
@@ -92,6 +104,12 @@ class FileReport:
     @property
     def largest_group(self) -> int:
         return max(2 if self.pairs else min(1, self.rows), *self._labelled.values(), 0)
+
+    @property
+    def smallest_rewarded_group(self) -> int | None:
+        """Rewarded samples of the prompt that has fewest, those without any left out; None where no row has one."""
+        alone = [] if self._rewarded_alone is None else [self._rewarded_alone]
+        return min([*alone, *self._rewarded.values()], default=None)
 
     @property
     def group_sizes(self) -> dict[int, int]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.weights import gamma as ways
-from modeseek_ray.weights.control import NEARER_WITH_GAMMA
+from modeseek_ray.weights.control import NEARER_WITH_GAMMA, optimal_gamma
 from modeseek_ray.weights.gamma import GAMMA_LIMIT
 from modeseek_ray.weights.likelihood import FIRST_ORDER_RATIOS, REAL_RATIOS
 from modeseek_ray.weights.registry import SIGNED
@@ -22,10 +22,12 @@ class Facts:
     """What is known of a job at submission. None = not known yet, and then not checked."""
 
     batch_size: int | None = None
+    num_rows: int | None = None  # of the training file: a batch holds no more, whatever its size
     has_rewards: bool | None = None  # a `reward` on some row, or a grader
     has_log_behavior: bool | None = None  # the sampler's log-probabilities, or a behaviour model
     has_token_logprobs: bool | None = None  # the sampler's, one per trained token
     samples_per_prompt: int | None = None  # of the prompt that has most
+    smallest_rewarded_group: int | None = None  # of the prompt with fewest rewarded samples, but any
     smallest_reward: float | None = None
     inner_steps: int = 1  # optimizer steps on one batch
     replay_share: float = 0.0
@@ -87,6 +89,10 @@ def _largest_gamma(gamma: Any) -> tuple[str, float] | None:
             return ("gamma.schedule.points", between) if between > most else (f"gamma.schedule.{name}", most)
         case ways.KlBudgetGamma():
             return "gamma.kl_budget.max", gamma.kl_budget.max
+        case ways.BiasVarianceGamma():
+            return "gamma.bias_variance", optimal_gamma(gamma.bias_variance)
+        case ways.InverseMedianNllGamma() if gamma.inverse_median_nll.median_nats is not None:
+            return "gamma.inverse_median_nll.median_nats", 1.0 / gamma.inverse_median_nll.median_nats
         case int() | float():
             return "gamma", float(gamma)
     return None
@@ -145,7 +151,7 @@ def _likelihood(weighting: Weighting) -> Iterator[Problem]:
         yield from _unmeasured_kl(weighting)
     if weighting.rounds > 1 and of != "round_over_data":
         yield _error("rounds", f"of: {of} knows no rounds.", "Set rounds: 1, or of: round_over_data.")
-    yield from _collapses(f, of, gamma)
+    yield from _collapses(f, of, largest)
 
 
 def _unmeasured_kl(weighting: Weighting) -> Iterator[Problem]:
@@ -166,22 +172,24 @@ def _unmeasured_kl(weighting: Weighting) -> Iterator[Problem]:
         )
 
 
-def _collapses(f: Any, of: str, gamma: Any) -> Iterator[Problem]:
-    fixed = float(gamma) if isinstance(gamma, int | float) else None
-    if of == "policy_over_data" and fixed == 1:
+def _collapses(f: Any, of: str, largest: tuple[str, float] | None) -> Iterator[Problem]:
+    """What becomes of a ratio at gamma 1 and above, if the setting can get there."""
+    field, reached = largest or ("gamma", 0.0)
+    if reached >= 1 and of == "policy_over_data":
+        beyond = "" if reached == 1 else ", and beyond it points away from the data"
         yield _warning(
-            "likelihood.gamma",
+            f"likelihood.{field}",
             "zero_expected_gradient",
-            "policy_over_data at gamma 1 has zero expected gradient.",
-            "Choose gamma below 1.",
+            f"policy_over_data at gamma 1 has zero expected gradient{beyond}.",
+            "Keep gamma below 1.",
         )
-    if of in ("policy", "policy_over_initial") and fixed is not None and fixed >= 1:
+    if reached >= 1 and of in ("policy", "policy_over_initial"):
         target = "mu" if of == "policy" else "mu/pi_0"
         yield _warning(
-            "likelihood.gamma",
+            f"likelihood.{field}",
             "collapse",
-            f"{of} at gamma {fixed:g} collapses to argmax {target}.",
-            "Choose gamma below 1, or stop early.",
+            f"{of} at gamma {reached:g} collapses to argmax {target}.",
+            "Keep gamma below 1, or stop early.",
         )
     if of in ("policy", "initial") and f.length_exponent < 1:
         yield _warning(
@@ -273,12 +281,8 @@ def _against_data(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
             "no prompt has more than one sample: within its group every row gets weight 1.",
             "Set scope: batch, or sample several answers per prompt.",
         )
-    if g.scheme == "best_of_n" and samples is not None and samples < g.n:
-        yield _error(
-            "reward.n",
-            f"best of {g.n} from at most {samples} samples.",
-            f"Set reward.n to {samples} or less.",
-        )
+    if g.scheme == "best_of_n":
+        yield from _best_of_n(g, facts)
     if g.scheme == "linear" and facts.smallest_reward is not None and facts.smallest_reward < 0:
         yield _error(
             "reward.scheme",
@@ -288,11 +292,40 @@ def _against_data(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
     yield from _floors(weighting, facts)
 
 
+def _best_of_n(g: Any, facts: Facts) -> Iterator[Problem]:
+    """Every prompt needs N rewarded samples, as every batch does where rewards are compared over it."""
+    if _by_group(g, facts):
+        fewest, where = facts.smallest_rewarded_group, "of the prompt that has fewest"
+        fewest = facts.samples_per_prompt if fewest is None else fewest
+    else:
+        fewest, where = _new_rows(facts), "of a batch"
+    if fewest is not None and fewest < g.n:
+        yield _error(
+            "reward.n",
+            f"best of {g.n} from the {fewest} rewarded samples {where}.",
+            f"Set reward.n to {fewest}, or give every prompt {g.n} rewarded samples."
+            if fewest > 1
+            else f"Give every prompt {g.n} rewarded samples, or drop the rows of those that have fewer.",
+        )
+
+
+def _by_group(g: Any, facts: Facts) -> bool:
+    """Whether rewards are compared within prompts, as far as is known: `auto` does where a prompt has several."""
+    samples = facts.samples_per_prompt
+    return g.scope == "group" or (g.scope == "auto" and samples is not None and samples > 1)
+
+
+def _new_rows(facts: Facts) -> int | None:
+    """Most rows of a batch that are no replay; None where neither its size nor the file's is known."""
+    sizes = [] if facts.num_rows is None else [facts.num_rows]
+    if facts.batch_size is not None:
+        sizes.append(round(facts.batch_size * (1 - facts.replay_share)))
+    return max(1, min(sizes)) if sizes else None
+
+
 def _floors(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
     """An ESS ratio never falls below 1 / (rows compared), so a floor down there does nothing."""
-    new_rows = (
-        None if facts.batch_size is None else max(1, round(facts.batch_size * (1 - facts.replay_share)))
-    )
+    new_rows = _new_rows(facts)
     gamma, beta = getattr(weighting.likelihood, "gamma", None), getattr(weighting.reward, "beta", None)
     floors: list[tuple[str, float, int | None]] = []
     if isinstance(gamma, ways.EssGamma):
@@ -300,14 +333,13 @@ def _floors(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
     if isinstance(gamma, ways.PerSampleGamma):
         floors.append(("likelihood.gamma.per_sample.floor", gamma.per_sample.floor, new_rows))
     if isinstance(beta, ways.EssBeta):
-        scope, samples = weighting.reward.scope, facts.samples_per_prompt
-        by_group = scope == "group" or (scope == "auto" and samples is not None and samples > 1)
-        floors.append(("reward.beta.ess.floor", beta.ess.floor, samples if by_group else new_rows))
+        rows = facts.samples_per_prompt if _by_group(weighting.reward, facts) else new_rows
+        floors.append(("reward.beta.ess.floor", beta.ess.floor, rows))
     for param, floor, rows in floors:
         if rows is not None and floor <= 1 / rows:
             yield _error(
                 param,
                 f"a floor of {floor:g} cannot bind: over {rows} rows the ratio is at least {1 / rows:.3g}.",
-                "Raise the floor, or the number of rows (batch_size, samples per prompt).",
+                "Raise the floor, or the number of rows (of the file, batch_size, samples per prompt).",
                 code="floor_cannot_bind",
             )

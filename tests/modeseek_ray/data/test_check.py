@@ -47,7 +47,18 @@ def test_figures_by_hand(write_jsonl, bytewise_dir):
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
     assert (report.largest_group, report.smallest_reward, report.largest_reward) == (2, -1, 0.5)
-    assert report.prior_sum == 3.5
+    assert (report.smallest_rewarded_group, report.prior_sum) == (2, 3.5)
+
+
+def test_the_smallest_rewarded_group_leaves_out_prompts_without_a_reward(write_jsonl):
+    def fewest(*rows):
+        return inspect_file(write_jsonl(*rows)).smallest_rewarded_group
+
+    pairs = [row(group=g, reward=r) for g in "abc" for r in (0, 1)]
+    assert fewest(*pairs, row(group="d"), row()) == 2
+    assert fewest(*pairs, row(group="d", reward=1), row(group="d")) == 1
+    assert fewest(*pairs, row(reward=1)) == 1  # a prompt of its own
+    assert fewest(row()) is None
 
 
 def test_what_needs_no_tokenizer_is_checked_without_one(write_jsonl):

@@ -147,6 +147,8 @@ def test_needs(fields: dict[str, Any], expected: set[str]) -> None:
     assert needs(Weighting.model_validate(fields)) == expected
 
 
+BUDGET = {"nats": 0.1, "max": 0.9}
+
 IMPOSSIBLE = [
     (ratio(gamma=2.5), Facts(), "likelihood.gamma"),
     (ratio(gamma={"ess": {"floor": 0.3, "max": 3.0}}), Facts(), "likelihood.gamma.ess.max"),
@@ -172,8 +174,11 @@ IMPOSSIBLE = [
     (ratio(of="policy_over_data"), Facts(has_log_behavior=False), "likelihood.of"),
     ({"reward": {"scheme": "exponential", "scope": "group"}}, Facts(samples_per_prompt=1), "reward.scope"),
     ({"reward": {"scheme": "best_of_n", "n": 4}}, Facts(samples_per_prompt=2), "reward.n"),
+    ({"preset": "bon"}, Facts(samples_per_prompt=2, smallest_rewarded_group=1), "reward.n"),  # 2, 2, 2, 1
+    ({"reward": {"scheme": "best_of_n", "n": 4}}, Facts(samples_per_prompt=1, num_rows=3), "reward.n"),
     ({"reward": {"scheme": "linear"}}, Facts(smallest_reward=-1.0), "reward.scheme"),
     (ratio(gamma={"ess": {"floor": 0.3}}), Facts(batch_size=3), "likelihood.gamma.ess.floor"),
+    (ratio(gamma={"ess": {"floor": 0.3}}), Facts(batch_size=64, num_rows=3), "likelihood.gamma.ess.floor"),
     (
         ratio(gamma={"ess": {"floor": 0.3}}),
         Facts(batch_size=6, replay_share=0.5),
@@ -213,6 +218,12 @@ def test_impossible_weightings_are_refused_with_a_way_out(
     assert isinstance(error, ConfigError) and error.mend and error.param == f"method.weighted.{path}"
 
 
+def test_best_of_n_over_the_batch_asks_nothing_of_single_prompts() -> None:
+    weighting = Weighting.model_validate({"reward": {"scheme": "best_of_n", "n": 4, "scope": "batch"}})
+    facts = Facts(samples_per_prompt=1, smallest_rewarded_group=1, num_rows=64, batch_size=16)
+    assert check_weighting(weighting, facts) == []
+
+
 def test_weigh_refuses_what_is_impossible_in_itself() -> None:
     with pytest.raises(ConfigError, match=r"gamma 2.5 is above 2"):
         weigh(Evidence(np.zeros(2), np.zeros(2), np.ones(2)), Weighting.model_validate(ratio(gamma=2.5)))
@@ -226,8 +237,20 @@ def test_weigh_refuses_what_is_impossible_in_itself() -> None:
         (ratio(of="policy_over_initial", gamma=1.5), "collapse"),
         (ratio(of="initial", length_exponent=0.5), "length_filter"),
         (ratio(of="policy", length_exponent=0.0), "length_filter"),
-        (ratio(gamma={"kl_budget": {"nats": 0.1}}), "kl_not_measured"),
-        ({**ratio(gamma={"kl_budget": {"nats": 0.1}}), "kl": {"direction": "reverse"}}, "reverse_kl"),
+        (ratio(of="policy", gamma={"schedule": {"start": 0.2, "end": 1.0}}), "collapse"),
+        (
+            ratio(of="policy", gamma={"schedule": {"kind": "piecewise", "end": 0.2, "points": [[0.5, 1.2]]}}),
+            "collapse",
+        ),
+        (ratio(of="policy", gamma={"ess": {"max": 2.0}}), "collapse"),
+        (ratio(gamma={"ess": {}}), "collapse"),  # max is 1
+        (
+            ratio(of="policy", gamma={"bias_variance": {"bias_squared": 1.0, "variance_slope": 0.0}}),
+            "collapse",
+        ),
+        (ratio(of="policy_over_data", gamma={"per_sample": {"max": 1.5}}), "zero_expected_gradient"),
+        (ratio(gamma={"kl_budget": BUDGET}), "kl_not_measured"),
+        ({**ratio(gamma={"kl_budget": BUDGET}), "kl": {"direction": "reverse"}}, "reverse_kl"),
     ],
 )
 def test_warnings(fields: dict[str, Any], code: str) -> None:
@@ -239,9 +262,11 @@ def test_warnings(fields: dict[str, Any], code: str) -> None:
     "fields",
     [
         {},
-        {"preset": "mode_seeking"},
+        ratio(gamma={"ess": {"floor": 0.3, "max": 0.7}}),
+        ratio(of="policy", gamma={"schedule": {"start": 0.9, "end": 0.0}}),
+        {"preset": "anchored"},  # the other way round nothing collapses
         ratio(of="initial", gamma=7.0),  # static: not bounded
-        {**ratio(gamma={"kl_budget": {"nats": 0.1}}), "kl": {"direction": "forward", "coefficient": 0.0}},
+        {**ratio(gamma={"kl_budget": BUDGET}), "kl": {"direction": "forward", "coefficient": 0.0}},
         {"reward": {"scheme": "exponential", "beta": {"ess": {"floor": 0.3}}, "scope": "group"}},
     ],
 )
