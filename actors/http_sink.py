@@ -1,15 +1,17 @@
 """Events, heartbeats and checkpoints to the service, from a process that outlives its absences.
 
 Events are spooled to disk before they are sent and sent again until acknowledged, numbered per
-attempt, so that the service sees each exactly once and in order. The lease is renewed by the
-heartbeat; a driver that cannot renew it stops itself when it runs out, because another may have been
-started. A spool that cannot be written (a full disk) costs nothing while this process lives.
+attempt, so that the service sees each exactly once and in order. What a driver that dies had not
+delivered, the service reads from its spool (`jobs/spool.py`). The lease is renewed by the heartbeat;
+a driver that cannot renew it stops itself when it runs out, because another may have been started. A
+spool that cannot be written (a full disk) costs nothing while this process lives.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -18,14 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from actors.roles import Desired
-from modeseek_ray.client import AttemptClient
+from modeseek_ray.client import AttemptClient, finite
 from modeseek_ray.errors import ModeseekError, ServiceError
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 2.0  # also how soon a cancel is seen
 FLUSH_S = 0.3
 RETRY_S = 1.0
 LEASE_S = 60.0
 BATCH = 500
+MAX_MESSAGE = 10_000  # characters; the service takes ten times as many
+_REFUSED = "refused_event"
+_CONTENT_REFUSED = (400, 413, 422)  # by HTTP status: sent again, it would be refused again
 
 
 class LeaseLost(ModeseekError):
@@ -58,11 +65,11 @@ class HttpSink:
         ]
 
     def emit(self, event: Mapping[str, Any]) -> None:
-        numbered = {"seq": self._next_seq, **event}
+        """Whatever an event holds, it costs the job nothing: JSON has no NaN, a text may be endless."""
+        numbered = _sendable({"seq": self._next_seq, **event})
         self._next_seq += 1
-        line = json.dumps(numbered, allow_nan=False, default=float) + "\n"
         with suppress(OSError):
-            self._spool.write(line)
+            self._spool.write(json.dumps(numbered) + "\n")
             self._spool.flush()
         self._pending.append(numbered)
 
@@ -107,10 +114,24 @@ class HttpSink:
         await self._until_answered(self.flush)
 
     async def flush(self) -> None:
-        """Send what is pending; keep it until it is acknowledged."""
+        """Send what is pending; keep it until it is acknowledged.
+
+        An event whose content the service refuses is looked for by halving the batch. A warning takes its
+        place, under its number: numbers have no gap.
+        """
+        size = BATCH
         while self._pending:
-            batch = [self._pending[i] for i in range(min(BATCH, len(self._pending)))]
-            acknowledged = await self._client.events(batch)
+            batch = [self._pending[i] for i in range(min(size, len(self._pending)))]
+            try:
+                acknowledged = await self._client.events(batch)
+            except ServiceError as error:
+                if error.http_status not in _CONTENT_REFUSED or _REFUSED in batch[0]["data"]:
+                    raise
+                size = max(1, len(batch) // 2)
+                if len(batch) == 1:
+                    self._replace(batch[0], error)
+                continue
+            size = BATCH
             while self._pending and self._pending[0]["seq"] <= acknowledged:
                 self._pending.popleft()
 
@@ -120,6 +141,15 @@ class HttpSink:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         with suppress(OSError):
             self._spool.close()
+
+    def _replace(self, event: Mapping[str, Any], error: ServiceError) -> None:
+        log.warning("the service refuses event %d: %s", event["seq"], error)
+        if self._pending and self._pending[0] is event:  # else another flush was faster
+            text = (
+                f"An event could not be delivered: {error.message[:500]} It is in the attempt's spool.jsonl."
+            )
+            substitute = {"type": "message", "level": "warn", "message": text, "data": {_REFUSED: True}}
+            self._pending[0] = {"seq": event["seq"], "created_at": event.get("created_at"), **substitute}
 
     async def _flush_forever(self) -> None:
         while True:
@@ -164,3 +194,13 @@ class HttpSink:
         """A stale fence is final; silence is final once the lease has run out."""
         if error.code == "stale_fence" or time.monotonic() - self._renewed > self._lease_s:
             self._lost.set()
+
+
+def _sendable(event: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON that the service reads: no NaN, no half characters, nothing that is not JSON, no book."""
+    plain = json.dumps(finite(event), default=str, ensure_ascii=False)
+    clean: dict[str, Any] = json.loads(plain.encode("utf-8", "replace"))
+    text = str(clean.get("message", ""))
+    if len(text) > MAX_MESSAGE:
+        clean["message"] = f"{text[:MAX_MESSAGE]} … ({len(text) - MAX_MESSAGE} more characters)"
+    return {**clean, "data": clean.get("data", {})}

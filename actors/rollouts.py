@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from modeseek_ray.errors import cannot_write
+from modeseek_ray.jobs.paths import sync_directory
 from modeseek_ray.rewards import Grade
 from modeseek_ray.types import Completion, Prompt
 
@@ -78,17 +79,20 @@ class RolloutStore:
         self._directory = directory
 
     def write(self, round_: int, rollouts: Sequence[Rollout]) -> None:
-        """All or nothing: written aside, flushed, renamed. Raises `StorageError`."""
+        """All or nothing, and on the disk on return: written aside, flushed, renamed. Raises `StorageError`."""
         table = pa.Table.from_pylist([_row(round_, r) for r in rollouts], schema=_SCHEMA)
         path = self._path(round_)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            if not self._directory.is_dir():
+                self._directory.mkdir(parents=True, exist_ok=True)
+                sync_directory(self._directory.parent)
             with temporary.open("wb") as file:
                 pq.write_table(table, file, compression="zstd")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            sync_directory(self._directory)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise cannot_write(

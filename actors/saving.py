@@ -47,16 +47,22 @@ class Saver:
         self._attempt = attempt
         self._background = background
         self._sealing: asyncio.Task[None] | None = None
+        self._sealed: int | None = None  # the step whose checkpoint this attempt committed last
 
     async def save(
         self, state: Mapping[str, Any], metrics: Mapping[str, float], *, last: bool = False
     ) -> None:
         """Write a checkpoint of `state["step"]`. The `last` one is committed on return in any case.
 
+        A step that is committed already (a pause right after a checkpoint was due) is not written again: the
+        second would have to take the first one's name, and a crash between the two would lose both.
+
         Raises what the one before raised in the background.
         """
         await self._journal.section("checkpoint", deadline_s=1800)
         await self.settle()
+        if state["step"] == self._sealed:
+            return
         directory = self._checkpoints.begin(state["step"], self._attempt)
         await self._trainer.save(directory)
         self._sealing = asyncio.create_task(self._seal(directory, copy.deepcopy(dict(state)), metrics))
@@ -83,3 +89,4 @@ class Saver:
         """Manifest last, rename, and only then the commit in the store."""
         finished = await asyncio.to_thread(self._checkpoints.finish, directory, state)
         await self._journal.checkpoint(state["step"], finished, metrics)
+        self._sealed = state["step"]

@@ -26,8 +26,8 @@ def finite(value: Any) -> Any:
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        return finite(value.item())  # a numpy scalar
+    if hasattr(value, "tolist"):
+        return finite(value.tolist())  # a numpy scalar or array
     return value
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 
 from modeseek_ray.jobs.database import Database
 from modeseek_ray.jobs.errors import StaleFenceError
-from modeseek_ray.jobs.history import find_job, move_job
+from modeseek_ray.jobs.history import append_events, find_job, move_job
 from modeseek_ray.jobs.records import (
     AttemptRecord,
     EventDraft,
     JobRecord,
 )
+from modeseek_ray.jobs.spool import undelivered
 from modeseek_ray.jobs.tables import attempts
 
 
@@ -61,8 +64,11 @@ class AttemptStore:
         with self._database.write() as connection:
             update_attempt(connection, job_id, number, submission_id=submission_id)
 
-    def lose(self, job: JobRecord, reason: str) -> JobRecord:
-        """The attempt is over without an end of the job. Its fence is void from here on."""
+    def lose(self, job: JobRecord, reason: str, spool: Path | None = None) -> JobRecord:
+        """The attempt is over without an end of the job. Its fence is void from here on.
+
+        What its driver could not deliver comes from its `spool`, before the loss and in the same transaction.
+        """
         now = self._database.clock()
         with self._database.write() as connection:
             # A checkpoint may be committed just now, which does not raise the version.
@@ -83,19 +89,53 @@ class AttemptStore:
                 "fruitless_attempts": 0 if fruitful else job.fruitless_attempts + 1,
             }
             number = job.attempt
+            _deliver(connection, job, spool, now)
             job = move_job(connection, job, "recovering", event, now, **changes)
             update_attempt(connection, job.id, number, ended_at=now, outcome=reason)
         self._database.announce(job.id)
         return job
 
-    def end(self, job: JobRecord, state: str, event: EventDraft, **changes: Any) -> JobRecord:
+    def end(
+        self, job: JobRecord, state: str, event: EventDraft, spool: Path | None = None, **changes: Any
+    ) -> JobRecord:
         """Put the job in a terminal state over its driver's head; a driver that still lives is refused."""
         now = self._database.clock()
         with self._database.write() as connection:
+            find_job(connection, job.id, lock=True)
+            _deliver(connection, job, spool, now)
             moved = move_job(connection, job, state, event, now, fence=job.fence + 1, **changes)
             update_attempt(connection, job.id, job.attempt, ended_at=now, outcome=state)
         self._database.announce(job.id)
         return moved
+
+
+def append_numbered(
+    connection: Connection, job_id: str, number: int, drafts: Sequence[EventDraft], now: float
+) -> tuple[int, list[EventDraft]]:
+    """Store a driver's events that follow the newest one known. Returns the newest now, and what was new.
+
+    A gap in the driver's numbers ends the batch. Lock the job before.
+    """
+    newest = find_attempt(connection, job_id, number).last_sequence
+    fresh: list[EventDraft] = []
+    for draft in sorted(drafts, key=lambda d: d.attempt_sequence or 0):
+        if draft.attempt_sequence == newest + 1:
+            fresh.append(draft)
+            newest += 1
+    if fresh:
+        append_events(connection, job_id, fresh, now)
+        update_attempt(connection, job_id, number, last_sequence=newest)
+    return newest, fresh
+
+
+def _deliver(connection: Connection, job: JobRecord, spool: Path | None, now: float) -> None:
+    if spool is None or job.attempt == 0:
+        return
+    known = find_attempt(connection, job.id, job.attempt)
+    if known.ended_at is None:  # else what followed its end is in the history already
+        append_numbered(
+            connection, job.id, job.attempt, undelivered(spool, job.attempt, known.last_sequence), now
+        )
 
 
 def digest(token: str) -> str:

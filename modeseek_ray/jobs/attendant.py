@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modeseek_ray.errors import WorkerError
+from modeseek_ray.jobs.errors import ConflictError, IllegalTransitionError
 from modeseek_ray.jobs.launcher import ENDED, Launcher, LaunchStatus
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.records import AttemptRecord, EventDraft, JobRecord
@@ -128,7 +129,14 @@ class Attendant:
         fresh = await asyncio.to_thread(self._store.jobs.get, job.id)
         if fresh.state not in ATTENDED - {"cancelling"} or fresh.attempt != attempt.number:
             return  # it ended, or is being ended, while we asked
-        await asyncio.to_thread(self._store.attempts.lose, fresh, reason)
+        spool = self._home.spool(job.id, attempt.number)
+        try:
+            await asyncio.to_thread(self._store.attempts.lose, fresh, reason, spool)
+        except (ConflictError, IllegalTransitionError):
+            raise
+        except Exception:  # a spool that the store cannot take must not keep the job from going on
+            log.exception("the spool of %s attempt %d is left out", job.id, attempt.number)
+            await asyncio.to_thread(self._store.attempts.lose, fresh, reason)
         if attempt.submission_id is not None:
             with suppress(Exception):
                 await self._call(self._launcher.stop(attempt.submission_id))
@@ -149,7 +157,8 @@ class Attendant:
         job = await asyncio.to_thread(self._store.jobs.get, job.id)
         if job.state == "cancelling":
             event = EventDraft("The job was cancelled.", data={"state": "cancelled"})
-            await asyncio.to_thread(self._store.attempts.end, job, "cancelled", event)
+            spool = self._home.spool(job.id, job.attempt)
+            await asyncio.to_thread(self._store.attempts.end, job, "cancelled", event, spool)
         self.forget(job.id)
 
     async def _ended_before(self, job: JobRecord, submission_id: str, limit: float) -> bool:

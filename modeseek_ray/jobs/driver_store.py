@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, insert, select, update
 
-from modeseek_ray.jobs.attempt_store import digest, find_attempt, update_attempt
+from modeseek_ray.jobs.attempt_store import append_numbered, digest, find_attempt, update_attempt
 from modeseek_ray.jobs.database import Database
 from modeseek_ray.jobs.errors import IllegalTransitionError, NotFoundError, StaleFenceError, TokenError
-from modeseek_ray.jobs.history import append_events, find_job, move_job
+from modeseek_ray.jobs.history import find_job, move_job
 from modeseek_ray.jobs.records import CheckpointRecord, EventDraft, JobRecord, Results, new_id
 from modeseek_ray.jobs.states import DRIVER_STATES
 from modeseek_ray.jobs.tables import checkpoints, files, jobs, models
@@ -93,16 +93,7 @@ class DriverStore:
         now = self._database.clock()
         with self._database.write() as connection:
             job = _check(connection, bearer)
-            attempt = find_attempt(connection, bearer.job_id, bearer.attempt)
-            newest = attempt.last_sequence
-            fresh: list[EventDraft] = []
-            for draft in sorted(drafts, key=lambda d: d.attempt_sequence or 0):
-                if draft.attempt_sequence == newest + 1:
-                    fresh.append(draft)
-                    newest += 1
-            if fresh:
-                append_events(connection, job.id, fresh, now)
-                update_attempt(connection, job.id, bearer.attempt, last_sequence=newest)
+            newest, fresh = append_numbered(connection, job.id, bearer.attempt, drafts, now)
         if fresh:
             self._database.announce(job.id)
         return Appended(newest, job.desired, fresh)

@@ -112,6 +112,10 @@ class Home:
         """What a driver needs to speak to the service: token, fence, url. Mode 0600."""
         return self.attempt(job_id, attempt) / "secret.json"
 
+    def spool(self, job_id: str, attempt: int) -> Path:
+        """Events of a driver, each written down before it is sent."""
+        return self.attempt(job_id, attempt) / "spool.jsonl"
+
     def checkpoints(self, job_id: str) -> Path:
         return self.job(job_id) / "checkpoints"
 

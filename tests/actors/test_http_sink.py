@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors import http_sink
@@ -205,3 +207,65 @@ async def test_the_heartbeat_brings_what_the_user_wants(tmp_path: Path) -> None:
         await asyncio.sleep(0.005)
     assert sink.desired() == "cancel"
     await sink.close()
+
+
+class Strict(FlakyService):
+    """Reads bodies as the service does: one bad event, and the whole batch is refused."""
+
+    async def events(self, events: Sequence[Mapping[str, Any]]) -> int:
+        assert [event["seq"] for event in events] == list(range(len(self.stored) + 1, events[-1]["seq"] + 1))
+        json.dumps(events, allow_nan=False).encode()
+        if any("poison" in event["data"] for event in events):
+            raise ServiceError("events.3.data: not that.", code="invalid_config", http_status=400)
+        return await super().events(events)
+
+
+async def test_a_figure_that_is_not_finite_is_null_and_a_book_is_cut(tmp_path: Path) -> None:
+    service = Strict()
+    sink = _sink(service, tmp_path)
+    figures = {
+        "loss": float("nan"),
+        "grad": np.float32("inf"),
+        "values": np.array([1.0, np.nan]),
+        "at": tmp_path,
+    }
+    sink.emit({"type": "metrics", "message": "x" * 300_000, "created_at": 0.0, "data": figures})
+    sink.emit({"type": "message", "message": "half a \ud83d", "created_at": 0.0, "data": {}})
+    await sink.checkpoint(1, tmp_path, {})
+    assert service.stored[1]["data"] == {
+        "loss": None,
+        "grad": None,
+        "values": [1.0, None],
+        "at": str(tmp_path),
+    }
+    assert (
+        len(service.stored[1]["message"]) < 10_100
+        and "290000 more characters" in service.stored[1]["message"]
+    )
+    assert service.stored[2]["message"] == "half a ?"
+    assert [json.loads(line)["seq"] for line in (tmp_path / "spool.jsonl").open()] == [1, 2]
+
+
+async def test_an_event_that_is_refused_is_replaced_by_a_warning_and_the_attempt_goes_on(
+    tmp_path: Path,
+) -> None:
+    service = Strict()
+    sink = _sink(service, tmp_path)
+    _emit(sink, 3)
+    sink.emit({"type": "metrics", "message": "bad", "created_at": 0.0, "data": {"poison": 1}})
+    _emit(sink, 4)
+    await sink.checkpoint(4, tmp_path, {})
+    assert service.checkpoints == [4] and sorted(service.stored) == list(range(1, 9))
+    replaced = service.stored[4]
+    assert replaced["level"] == "warn" and "events.3.data: not that." in replaced["message"]
+    assert [event["message"] for event in service.stored.values() if event is not replaced] == [
+        *"012",
+        *"0123",
+    ]
+
+
+async def test_a_service_that_refuses_everything_is_not_asked_for_ever(tmp_path: Path) -> None:
+    sink = _sink(FlakyService(failures=10**6, code="invalid_config", http_status=400), tmp_path)
+    _emit(sink, 2)
+    with pytest.raises(LeaseLost):
+        await asyncio.wait_for(sink.delivered(), 5)

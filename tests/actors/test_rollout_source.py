@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,21 @@ def test_all_rounds_are_one_file_another_job_can_train_on(tmp_path: Path, tiny_d
     samples = load_samples(path, ChatTokenizer(tiny_dense), max_length=None)
     assert len(samples) == 12 and len({s.group for s in samples}) == 6
     assert samples[0].log_behavior == -1.5 and {s.reward for s in samples} == {0.0, 1.0}
+
+
+def test_a_round_is_on_the_disk_with_its_name_when_it_is_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename lasts through a power cut once its directory is flushed, and not before."""
+    synced: list[tuple[str, bool]] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path.name, (tmp_path / "rollouts" / "round-000003.parquet").exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    RolloutStore(tmp_path / "rollouts").write(3, [])
+    assert synced[-1] == ("rollouts", True)
+    assert (tmp_path.name, False) in synced  # the directory itself is new

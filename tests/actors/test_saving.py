@@ -99,3 +99,19 @@ async def test_in_the_foreground_a_checkpoint_is_committed_on_return(tmp_path: P
     parts = Parts()
     await _saver(CheckpointStore(tmp_path), parts, background=False).save({"step": 4}, {})
     assert parts.committed == [4]
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_a_pause_right_after_a_checkpoint_does_not_write_it_again(
+    tmp_path: Path, background: bool
+) -> None:
+    """Moving the first aside for the second, a kill between the two renames would lose both."""
+    store, parts = CheckpointStore(tmp_path), Parts()
+    saver = _saver(store, parts, background=background)
+    await saver.save({"step": 4}, {})
+    parts.weights = "written twice"
+    await saver.save({"step": 4}, {}, last=True)
+    path = store.latest()
+    assert parts.committed == [4] and path is not None and (path / "shard").read_text() == "start"
+    await saver.save({"step": 5}, {}, last=True)
+    assert parts.committed == [4, 5]
