@@ -369,7 +369,7 @@ def rerank(
 
 
 keys_app = typer.Typer(
-    help="API keys. As long as there is none, anybody on this machine may use the service.",
+    help="API keys. Until the first is made, anybody on this machine may use the service.",
     no_args_is_help=True,
 )
 app.add_typer(keys_app, name="keys")
@@ -382,7 +382,7 @@ def create_key(
     read_only: Annotated[bool, typer.Option("--read-only", help="It may look, and change nothing.")] = False,
     home: HomeDir = None,
 ) -> None:
-    """Make a key and print it, once. Stop the service first."""
+    """Make a key and print it, once. A running service knows it at once."""
     from actors.commands import keys
 
     keys.create(_home(home), name, tenant, read_only=read_only)
@@ -401,10 +401,21 @@ def revoke_key(
     key: Annotated[str, typer.Argument(metavar="ID", help="The id that `modeseek keys list` shows.")],
     home: HomeDir = None,
 ) -> None:
-    """Refuse a key from now on. Stop the service first."""
+    """Refuse a key from the next request on. After the last one nobody is answered."""
     from actors.commands import keys
 
     keys.revoke(_home(home), key)
+
+
+@keys_app.command("remove-all")
+def remove_all_keys(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: HomeDir = None,
+) -> None:
+    """Need no keys any more: every program of this machine is answered, as before the first key."""
+    from actors.commands import keys
+
+    keys.remove_all(_home(home), confirmed=yes)
 
 
 tenants_app = typer.Typer(

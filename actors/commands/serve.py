@@ -23,7 +23,7 @@ from modeseek_ray.jobs.structured_logs import configure
 from modeseek_ray.jobs.validation import ProcessValidator
 from modeseek_ray.service import ServiceSettings, create_app
 from modeseek_ray.service.deliveries import parse_networks
-from modeseek_ray.service.serve import check_exposure, listen, make_server, only_service
+from modeseek_ray.service.serve import announce, check_exposure, listen, make_server, only_service
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def serve(options: ServeOptions) -> None:
                     webhook_networks=options.webhook_networks,
                 ),
             )
+            announce(app, options.host, options.port)
             console.print(f"Serving at {url} (documentation: {url}/docs). Ctrl-C ends it.")
             make_server(app, options.host, options.port).run(sockets=[listener])
         store.close()

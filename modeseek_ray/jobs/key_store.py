@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import secrets
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
 from modeseek_ray.jobs.database import Database
 from modeseek_ray.jobs.errors import NotFoundError
@@ -56,13 +56,13 @@ class KeyStore:
         with self._database.read() as connection:
             return [KeyRecord.of(row) for row in connection.execute(select(keys).order_by(keys.c.created_at))]
 
-    def any_active(self) -> bool:
-        """Whether a key is needed at all."""
+    def required(self) -> bool:
+        """Whether a key is needed at all: from the first one on, also when every key has been revoked.
+
+        Revoking the last key must not open the service to everybody; `remove_all` does, when asked to.
+        """
         with self._database.read() as connection:
-            count = connection.execute(
-                select(func.count()).select_from(keys).where(keys.c.revoked_at.is_(None))
-            ).scalar_one()
-        return bool(count)
+            return bool(connection.execute(select(func.count()).select_from(keys)).scalar_one())
 
     def revoke(self, key_id: str) -> None:
         self.get(key_id)
@@ -70,6 +70,11 @@ class KeyStore:
             connection.execute(
                 update(keys).where(keys.c.id == key_id).values(revoked_at=self._database.clock())
             )
+
+    def remove_all(self) -> int:
+        """Forget every key: from now on none is needed on this machine. Returns how many there were."""
+        with self._database.write() as connection:
+            return connection.execute(delete(keys)).rowcount
 
     def verify(self, key: str) -> KeyRecord | None:
         """The record of a key that is ours and not revoked."""

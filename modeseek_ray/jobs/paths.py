@@ -74,6 +74,11 @@ class Home:
         return self.root / "service.lock"
 
     @property
+    def operator(self) -> Path:
+        """How `modeseek keys` reaches the service that runs here: url and token. Mode 0600; means nothing without it."""
+        return self.root / "operator.json"
+
+    @property
     def cache(self) -> Path:
         """What can be computed again: reference scores, playground models."""
         return self.storage / "cache"

@@ -27,6 +27,7 @@ from modeseek_ray.service import (
     logs,
     models,
     operations,
+    operator,
     page,
     validations,
     webhooks,
@@ -113,6 +114,7 @@ def create_app(
         webhooks,
         drivers,
         engines,
+        operator,
         operations,
         page,
     ):

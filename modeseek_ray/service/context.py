@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,6 +42,7 @@ class Service:
     validator: Validator | None = None
     validations: Validations | None = None
     in_flight: set[tuple[str, str]] = field(default_factory=set)  # (tenant, Idempotency-Key)
+    operator_token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
 
     @property
     def slots(self) -> int:
@@ -97,8 +99,8 @@ def get_caller(
     authorization: Annotated[str | None, Header()] = None,
     openai_organization: Annotated[str | None, Header()] = None,
 ) -> Caller:
-    """The tenant of the key. Where no key exists, this machine's own programs need none."""
-    if not service.store.keys.any_active():
+    """The tenant of the key. Until the first key is made, this machine's own programs need none."""
+    if not service.store.keys.required():
         _check_local(request)
         return _let_in(request, service, DEFAULT_TENANT)
     scheme, _, key = (authorization or "").partition(" ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from modeseek_ray.errors import ServiceError, StorageError
-from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.paths import Home, write_private
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.service.context import is_loopback
 
@@ -23,6 +24,7 @@ def run_service(app: FastAPI, host: str = "127.0.0.1", port: int = 8420) -> None
     """Serve until SIGINT or SIGTERM. Raises `ServiceError` when the port is taken."""
     server = make_server(app, host, port)
     with listen(host, port) as listener:
+        announce(app, host, port)
         server.run(sockets=[listener])
 
 
@@ -64,6 +66,7 @@ def only_service(home: Home) -> Iterator[None]:
     """Hold `home` for this process: two services would write one SQLite store. Raises `StorageError`.
 
     A PostgreSQL store may be written by several services; their homes must show the same files.
+    What a service that was killed had announced goes first: its token is good for nothing any more.
     """
     home.prepare()
     if not home.store_url.startswith("sqlite:"):
@@ -79,12 +82,29 @@ def only_service(home: Home) -> Iterator[None]:
                 mend="Stop it first, or give this one a MODESEEK_HOME of its own.",
                 code="home_in_use",
             ) from None
-        yield
+        home.operator.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            home.operator.unlink(missing_ok=True)
+
+
+def announce(app: FastAPI, host: str, port: int) -> None:
+    """Write down how commands of this home reach the service, which alone may write an SQLite store.
+
+    Call it inside `only_service`, which takes it back. With PostgreSQL commands write for themselves.
+    """
+    service = app.state.service
+    if service.store.database.is_shared:
+        return
+    name = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    write_private(service.home.operator, json.dumps({"url": url, "token": service.operator_token}))
 
 
 def check_exposure(store: Store, host: str) -> None:
     """Refuse to listen beyond this machine while anybody could use the service."""
-    if not is_loopback(host) and not store.keys.any_active():
+    if not is_loopback(host) and not store.keys.required():
         raise ServiceError(
             f"listening on {host} without API keys would let anybody in.",
             mend="Create a key first, and put TLS in front.",

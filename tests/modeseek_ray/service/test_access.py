@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import typer
 
+from actors.commands import keys as keys_command
 from actors.fetching import fetch_missing
 from modeseek_ray.client import AttemptClient
 from modeseek_ray.errors import ServiceError
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.service.context import is_loopback
-from modeseek_ray.service.serve import check_exposure
+from modeseek_ray.service.serve import announce, check_exposure, only_service
 
 ROWS = b'{"prompt": "one plus one is", "completion": " two"}\n' * 3
 USER_ROUTES = [
@@ -125,6 +129,78 @@ def test_with_keys_every_route_needs_one(start_service: Any) -> None:
     service.store.keys.revoke(record.id)
     with pytest.raises(openai.AuthenticationError):
         service.openai(key).models.list()
+
+
+def test_after_the_last_key_nobody_is_let_in(start_service: Any) -> None:
+    service = start_service()
+
+    def asked(*headers: dict[str, str]) -> list[int]:
+        with service.http() as http:
+            return [http.get("/v1/models", headers=header).status_code for header in headers]
+
+    key, record = service.store.keys.create("mine")
+    bearer = {"Authorization": f"Bearer {key}"}
+    assert asked({}, bearer) == [401, 200]
+    service.store.keys.revoke(record.id)
+    assert asked({}, bearer) == [401, 401]
+    service.store.keys.remove_all()
+    assert asked({}) == [200]
+
+
+def test_keys_change_while_the_service_runs(
+    start_service: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command asks the service, which alone writes: it opens no store of its own."""
+    service = start_service()
+    monkeypatch.setattr(keys_command, "Store", None)
+    with only_service(service.home):
+        with pytest.raises(ServiceError, match="no service that answers"):
+            keys_command.create(service.home, "too early")
+        announce(service.app, "0.0.0.0", int(service.url.rsplit(":", 1)[1]))
+        assert service.home.operator.stat().st_mode & 0o777 == 0o600
+
+        keys_command.create(service.home, "alice", "team", read_only=True)
+        key = capsys.readouterr().out.strip()
+        record = service.store.keys.verify(key)
+        assert (record.name, record.tenant_id, record.scopes) == ("alice", "team", ["read"])
+        keys_command.list_keys(service.home)
+        assert record.id in capsys.readouterr().out
+        service.openai(key).models.list()
+
+        keys_command.revoke(service.home, record.id)
+        assert "nobody is answered" in capsys.readouterr().err
+        with pytest.raises(openai.AuthenticationError):
+            service.openai(key).models.list()
+        with pytest.raises(ServiceError) as caught:
+            keys_command.revoke(service.home, "none")
+        assert caught.value.code == "key_not_found"
+
+        monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+        with pytest.raises(typer.Abort):
+            keys_command.remove_all(service.home, confirmed=False)
+        assert service.store.keys.required()
+        keys_command.remove_all(service.home, confirmed=True)
+        assert "NO KEY IS NEEDED" in capsys.readouterr().err
+        assert not service.store.keys.required()
+    assert not service.home.operator.exists()
+
+
+def test_the_operators_routes_want_the_homes_secret(start_service: Any) -> None:
+    service = start_service()
+    key, _ = service.store.keys.create("mine")
+    announce(service.app, "127.0.0.1", 1)
+    token = json.loads(service.home.operator.read_text())["token"]
+    with service.http() as http:
+        for given in ("", "Bearer", f"Bearer {key}", f"Basic {token}", f"Bearer {token}x", "Bearer \xe9"):
+            headers = {"Authorization": given.encode("latin-1")}
+            assert http.get("/internal/operator/keys", headers=headers).status_code == 401, given
+            assert http.delete("/internal/operator/keys", headers=headers).status_code == 401, given
+        good = {"Authorization": f"Bearer {token}"}
+        assert [found["name"] for found in http.get("/internal/operator/keys", headers=good).json()] == [
+            "mine"
+        ]
+        answer = http.post("/internal/operator/keys", headers=good, json={"name": "x", "scopes": ["root"]})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_config")
 
 
 def test_a_key_that_may_only_look_changes_nothing(start_service: Any) -> None:
