@@ -10,6 +10,7 @@ from typing import Any
 
 from actors.answers import Answerer
 from actors.attempt import EXPORT_CHECK_SAMPLES, Attempt, AttemptResult
+from actors.canary import tokens_to_reach
 from actors.generator import GeneratorSpec, Sampling
 from actors.generator_pool import GeneratorPool
 from actors.grading import Grading
@@ -17,7 +18,7 @@ from actors.pools import TrainerPool
 from actors.rollout_source import RolloutSource
 from actors.rollouts import RolloutStore
 from actors.scorers import ScorerPool
-from actors.weight_sync import VerifiedChannel, tokens_to_reach
+from actors.weight_sync import VerifiedChannel
 from modeseek_ray.config import JobConfig, OnlineMethod
 from modeseek_ray.data.auto import ResolvedTraining, resolve_training
 from modeseek_ray.data.prompts import load_prompts

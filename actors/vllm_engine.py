@@ -51,6 +51,8 @@ def build(spec: GeneratorSpec) -> VllmEngine:
     import torch
     from vllm import LLM
 
+    if not spec.gpus_per_worker:
+        torch.cpu._init_amx()  # Linux wants to be asked; vLLM's bfloat16 kernels use it unasked, and die (SIGILL)
     from actors.vllm_weights import register
 
     is_guest = torch.distributed.is_initialized()  # of the trainer in this process (--local)

@@ -99,10 +99,20 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def vllm_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_moe` with heads of 32, the smallest vLLM has CPU kernels for, after a dense first layer."""
+    return _vllm_moe(tmp_path_factory.mktemp("vllm") / "moe", initializer_range=0.2)
+
+
+@pytest.fixture(scope="session")
+def quiet_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`vllm_moe` with weights a quarter as large: experts that are mixed up move log-probabilities by .15 at most."""
+    return _vllm_moe(tmp_path_factory.mktemp("vllm") / "quiet", initializer_range=0.05)
+
+
+def _vllm_moe(directory: Path, initializer_range: float) -> Path:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     return save_tiny(
-        tmp_path_factory.mktemp("vllm") / "moe",
+        directory,
         Qwen3MoeConfig,
         Qwen3MoeForCausalLM,
         num_hidden_layers=3,
@@ -112,7 +122,7 @@ def vllm_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         moe_intermediate_size=32,
         decoder_sparse_step=1,
         norm_topk_prob=True,
-        initializer_range=0.2,
+        initializer_range=initializer_range,
         **HEADS_FOR_VLLM,
     )
 

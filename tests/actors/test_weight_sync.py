@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.canary import UNMEASURED, Tolerance, compare, cut_canary, in_turn
 from actors.generator_pool import GeneratorPool
 from actors.trainer import TrainerRank
+from actors.transfers import MemoryTransfer, NcclTransfer
 from actors.weight_chunks import ChunkFacts, WeightChunk
-from actors.weight_sync import (
-    MemoryTransfer,
-    NcclTransfer,
-    Tolerance,
-    VerifiedChannel,
-    compare,
-    cut_canary,
-    in_turn,
-)
+from actors.weight_sync import VerifiedChannel
 from modeseek_ray.config import Lora, Training
 from modeseek_ray.errors import NumericsError, WorkerError
 from modeseek_ray.types import Objective, Sample
 from tests.actors.conftest import random_samples
-from tests.actors.engines import Engine
+from tests.actors.engines import Engine, Engines
 from tests.actors.ranks import Start, Trainer, plan_for
 from tests.actors.test_generator import prompts
 from tests.actors.test_generator_pool import World, assert_complete, pool_of
@@ -259,12 +254,13 @@ async def test_a_sync_says_how_long_each_part_took_and_an_old_version_is_refused
 @pytest.mark.parametrize(
     ("theirs", "tolerance", "passes"),
     [
-        ([-1.0, -2.0], Tolerance(1e-9, 1e-9), True),
-        ([-1.0, -2.3], Tolerance(0.5, 0.2), True),  # largest .3, mean .15
-        ([-1.0, -2.3], Tolerance(0.2, 0.2), False),
-        ([-1.0, -2.3], Tolerance(0.5, 0.1), False),
-        ([-1.0, float("nan")], Tolerance(9.0, 9.0), False),
-        ([-1.0, float("-inf")], Tolerance(9.0, 9.0), False),
+        ([-1.0, -2.0], Tolerance(1e-9, 1e-9, 1e-9), True),
+        ([-1.0, -2.3], Tolerance(0.5, 0.2, 0.2), True),  # largest .3, mean and median .15
+        ([-1.0, -2.3], Tolerance(0.2, 0.2, 0.2), False),
+        ([-1.0, -2.3], Tolerance(0.5, 0.1, 0.2), False),
+        ([-1.0, -2.3], Tolerance(0.5, 0.2, 0.1), False),
+        ([-1.0, float("nan")], Tolerance(9.0, 9.0, 9.0), False),
+        ([-1.0, float("-inf")], Tolerance(9.0, 9.0, 9.0), False),
     ],
 )
 def test_what_is_too_far_apart(theirs: list[float], tolerance: Tolerance, passes: bool) -> None:
@@ -288,8 +284,52 @@ async def test_the_coarser_of_both_dtypes_decides_what_is_allowed(
     if "bfloat16" in (engine_dtype, trainer_dtype):
         assert (await channel.sync(5))["sync_mean_difference_nats"] == pytest.approx(0.01)
     else:
-        with pytest.raises(NumericsError, match=r"allowed: 1e-04 and 1e-04"):
+        with pytest.raises(NumericsError, match=r"allowed: 1\.0e-04, 1\.0e-04 and 1\.0e-04"):
             await channel.sync(5)
+    await pool.close()
+
+
+async def test_in_bfloat16_what_a_sync_is_held_to_was_measured_before_the_first_step() -> None:
+    """.01 nats apart on the same weights: three times that is allowed in the median, and four are refused."""
+    pool = await pool_of(World(), 1, dtype="bfloat16")
+    owner = FakeOwner(log_prob=0.01)
+    channel = VerifiedChannel(owner, pool, CANARY)
+    figures = await channel.verify()
+    assert figures["sync_allowed_median_nats"] == channel.tolerance.median == pytest.approx(0.03)
+    owner.log_prob = 5.02
+    await channel.sync(5)
+    await channel.verify()  # measures no more: the weights are no longer the model's own
+    assert channel.tolerance.median == pytest.approx(0.03)
+    owner.log_prob = 6.04  # the unmeasured tolerance would have let it through
+    assert UNMEASURED.median > 0.04
+    with pytest.raises(NumericsError, match=r"4\.00e-02 in the median \(allowed: .* and 3\.0e-02\)"):
+        await channel.sync(6)
+    await pool.close()
+
+
+@pytest.mark.slow
+async def test_the_layout_of_experts_is_caught_in_bfloat16_too(
+    engines: Engines, start: Start, quiet_moe: Path
+) -> None:
+    """Weights so small that the spoilt engine is nearer to the trainer than another model's rounding."""
+    engine = engines.of(quiet_moe, dtype="bfloat16")
+    trainer = start(model=quiet_moe, zero_stage=2)
+    pool = GeneratorPool(engine.spec, engine.worker, 1)
+    await pool.setup()
+    channel = VerifiedChannel(
+        Owner(trainer), pool, [p.token_ids_T for p in prompts(12)], trainer_dtype="float32"
+    )
+    await channel.verify()
+    for version in (1, 2):
+        samples = random_samples(8, seed=version)
+        await asyncio.to_thread(trainer.step, samples, plan_for(samples, step=version - 1, rate=1e-3))
+        await channel.sync(version)
+    engine.call("repack", False)
+    with pytest.raises(NumericsError, match="not the same on both sides") as caught:
+        await channel.sync(3)
+    apart = [float(number) for number in re.findall(r"\d\.\d\de-\d\d", str(caught.value))]
+    for seen, unmeasured in zip(apart, (UNMEASURED.largest, UNMEASURED.mean, UNMEASURED.median), strict=True):
+        assert seen < unmeasured  # what was not measured would have been believed
     await pool.close()
 
 
