@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.checkpoint import CheckpointStore
 from actors.driver import Driver, Outcome, Plan
 from actors.generator import GeneratorSpec
 from actors.generator_pool import GeneratorPool
@@ -24,6 +23,7 @@ from actors.pools import TrainerPool
 from actors.reward_model import ClassifierPool, RewardModelSpec
 from actors.roles import Source
 from actors.rounds import FrozenRounds
+from actors.row_files import RowFileStore
 from actors.score_cache import Scores
 from actors.scorers import ScorerPool
 from actors.scoring import ScoringSpec, score_dataset, scores_of
@@ -212,7 +212,7 @@ class Attempt:
         """The loop, with its trainers set up and its history cut at the checkpoint it goes on from."""
         await self._journal.section("setup", deadline_s=1800)
         await self._journal.message("Trainers are ready.", **await trainer.setup())
-        checkpoints = CheckpointStore(
+        checkpoints = RowFileStore(
             self._spec.directory / "checkpoints",
             plan.training.keep_checkpoints,
             expected_bytes=checkpoint_bytes(self._config, self._model),

@@ -20,6 +20,7 @@ from modeseek_ray.weights.guards import pareto_smooth
 from modeseek_ray.weights.likelihood import log_positive
 from modeseek_ray.weights.preference import preference_metrics
 from modeseek_ray.weights.registry import SIGNED, Scheme, keywords, positionals, scheme_of
+from modeseek_ray.weights.row_values import RowValues
 from modeseek_ray.weights.scope import Scope
 from modeseek_ray.weights.solve import log_conditional_ess
 from modeseek_ray.weights.weighting import Weighting, uses_likelihood
@@ -197,11 +198,10 @@ def _log_ratio(
     keep = weighting.guards.moving_average
     if keep == 0 or batch.row_A is None:
         return ratio_A, {}
-    former = memory.get("log_ratio", {})
-    keys = [str(row) for row in batch.row_A.tolist()]
-    before_A = np.array([former.get(key, np.nan) for key in keys])
+    former = RowValues.of(memory.get("log_ratio"))
+    before_A = former.at(batch.row_A)
     ratio_A = np.where(np.isnan(before_A), ratio_A, keep * before_A + (1 - keep) * ratio_A)
-    return ratio_A, {"log_ratio": {**former, **dict(zip(keys, ratio_A.tolist(), strict=True))}}
+    return ratio_A, {"log_ratio": former.put(batch.row_A, ratio_A)}
 
 
 def _per_sample(batch: Batch, setting: PerSampleGamma, ratio_A: FloatArray, base_A: FloatArray) -> FloatArray:

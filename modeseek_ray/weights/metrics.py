@@ -10,6 +10,7 @@ from modeseek_ray.types import FloatArray
 from modeseek_ray.weights.batch import Batch
 from modeseek_ray.weights.guards import pareto_smooth
 from modeseek_ray.weights.likelihood import log_positive
+from modeseek_ray.weights.row_values import RowValues
 from modeseek_ray.weights.solve import effective_sample_size
 
 STARVED_BELOW = 0.1  # cumulative weight of a row over its visits
@@ -58,13 +59,19 @@ def _correlation(x_A: FloatArray, y_A: FloatArray | None) -> float | None:
 
 
 def _starved_share(batch: Batch, values_A: FloatArray, memory: dict[str, Any]) -> float:
-    """Share of the rows met so far whose weights add up to less than 0.1; of this batch without row ids."""
-    if batch.row_A is None:
+    """Share of the rows met so far whose weights add up to less than 0.1; of this batch without row numbers."""
+    if batch.row_A is None or not RowValues.can_number(batch.row_A):
         return float((values_A < STARVED_BELOW).mean()) if len(values_A) else 0.0
-    ledger = dict(memory.get("ledger", {}))
-    for row, value in zip(batch.row_A.tolist(), values_A.tolist(), strict=True):
-        key = str(row)
-        ledger[key] = ledger.get(key, 0.0) + value
-    memory["ledger"] = ledger
-    totals = np.fromiter(ledger.values(), float, len(ledger))
-    return float((totals < STARVED_BELOW).mean()) if len(totals) else 0.0
+    ledger = RowValues.of(memory.get("ledger"))
+    rows, starved = memory.get("ledger_rows"), memory.get("ledger_starved")
+    if rows is None or starved is None:  # the first batch, or a checkpoint of before they were kept
+        known = ledger.known
+        rows, starved = len(known), int((known < STARVED_BELOW).sum())
+    row_U, place_A = np.unique(batch.row_A, return_inverse=True)
+    before_U = ledger.at(row_U)
+    after_U = np.nan_to_num(before_U)
+    np.add.at(after_U, place_A, values_A)  # in the order of the batch: a resumed job adds the same way
+    rows += int(np.isnan(before_U).sum())
+    starved += int((after_U < STARVED_BELOW).sum()) - int((before_U < STARVED_BELOW).sum())
+    memory |= {"ledger": ledger.put(row_U, after_U), "ledger_rows": rows, "ledger_starved": starved}
+    return starved / rows if rows else 0.0

@@ -70,8 +70,8 @@ def step_growth() -> list[Line]:
 
 
 def weighing() -> list[Line]:
-    """The weights of 10^3 to 10^6 samples, and gamma beside bisection."""
-    from tests.bench.weighing import gamma_root, scaling
+    """The weights of 10^3 to 10^6 samples, gamma beside bisection, and a small batch late in a job."""
+    from tests.bench.weighing import gamma_root, late_in_the_job, scaling
     from tests.bench.weighing import slope as slope_from_10_000
 
     sizes = [10**3, 10**4, 10**5, 10**6]
@@ -86,6 +86,9 @@ def weighing() -> list[Line]:
     root = gamma_root(10**6)
     shown = (f"{root.seconds * 1e3:.0f} ms", f"{root.bisection_seconds * 1e3:.0f} ms by 60 halvings")
     lines.append(Line("weighing", "gamma of 10⁶ samples, times faster", *shown, root.speed_up, ">=", 5.0))
+    late = late_in_the_job(10**6)
+    shown = (f"{late.late_seconds * 1e3:.2f} ms", f"{late.first_seconds * 1e3:.2f} ms as the job begins")
+    lines.append(Line("weighing", "a batch of 64 when 10⁶ rows were met", *shown, late.ratio, "<=", 2.0))
     return lines
 
 

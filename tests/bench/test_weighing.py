@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from modeseek_ray.weights import weigh
-from tests.bench.weighing import evidence, gamma_root, scaling, slope, weighting
+from tests.bench.weighing import evidence, gamma_root, late_in_the_job, scaling, slope, weighting
 
 
 def test_both_controllers_are_at_work() -> None:
@@ -19,6 +19,11 @@ def test_root_finding_equals_sixty_halvings_in_a_fifth_of_the_passes(size: int) 
     root = gamma_root(size, repeats=1)
     assert root.found == pytest.approx(root.bisected, abs=1e-9)
     assert root.passes <= 11
+
+
+def test_a_step_late_in_the_job_costs_what_its_batch_does() -> None:
+    """Copying what is remembered of 300,000 rows, one by one, took twenty times the first step."""
+    assert late_in_the_job(300_000).ratio < 3
 
 
 def test_slope_by_hand() -> None:

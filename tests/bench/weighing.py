@@ -4,7 +4,8 @@
 
 Aims: time grows no faster than n log n (log-log slope at most 1.1); gamma at least 5 times faster than 60
 halvings of the same interval, and equal to 1e-9; a global batch of 4,096 under 1 % of the step that
-follows it. Each time is the least of several runs.
+follows it; late in a job, when as many rows as `--largest` were met, a batch of 64 takes at most twice
+what it takes at the start. Each time is the least of several runs.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -28,6 +30,7 @@ from modeseek_ray.weights.solve import largest_feasible, log_conditional_ess
 
 FLOOR, CAP = 0.3, 2.0
 BATCH = 4096
+SMALL = 64
 ROW_LENGTH = 24  # tokens, of the playground's new task
 STEP_SAMPLES = 32  # the step is measured on so many and scaled: its time is proportional to tokens
 
@@ -45,6 +48,19 @@ class Root:
     @property
     def speed_up(self) -> float:
         return self.bisection_seconds / self.seconds
+
+
+@dataclass(frozen=True)
+class Late:
+    """Seconds for a batch of `SMALL`, as the job begins and when `rows` rows were met."""
+
+    rows: int
+    first_seconds: float
+    late_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        return self.late_seconds / self.first_seconds
 
 
 def evidence(size: int) -> Evidence:
@@ -91,6 +107,19 @@ def scaling(sizes: list[int]) -> dict[int, float]:
         batch = evidence(size)
         found[size] = seconds_of(partial(weigh, batch, chosen), repeats=5 if size <= 100_000 else 2)
     return found
+
+
+def late_in_the_job(rows: int) -> Late:
+    """A small batch weighed with nothing to remember, and with all of `rows` rows met before."""
+    batch, chosen = evidence(SMALL), weighting()
+    state: Mapping[str, Any] = weigh(evidence(rows), chosen).state
+    rng = np.random.default_rng(2)
+
+    def step() -> None:
+        nonlocal state
+        state = weigh(replace(batch, row_N=rng.integers(0, rows, SMALL)), chosen, state=state).state
+
+    return Late(rows, seconds_of(lambda: weigh(batch, chosen), 20), seconds_of(step, 20))
 
 
 def slope(seconds: dict[int, float]) -> float:
@@ -154,7 +183,9 @@ def step_seconds_of(model: Path) -> float:
     return min(run("our_sft", model, case).cpu_seconds) * BATCH / case.batch_size
 
 
-def table(seconds: dict[int, float], root: Root, batch_s: float, steps: dict[str, float]) -> Table:
+def table(
+    seconds: dict[int, float], root: Root, late: Late, batch_s: float, steps: dict[str, float]
+) -> Table:
     shown = Table("what", "seen", "aim", title="Weighing")
     for size, value in seconds.items():
         shown.add_row(f"{size:,} samples", f"{value * 1e3:.2f} ms, {value / size * 1e9:,.0f} ns each", "")
@@ -166,6 +197,11 @@ def table(seconds: dict[int, float], root: Root, batch_s: float, steps: dict[str
     )
     shown.add_row("… times faster", f"{root.speed_up:.1f}", "at least 5")
     shown.add_row("… off by", f"{abs(root.found - root.bisected):.1e}", "at most 1e-9")
+    shown.add_row(
+        f"late in the job: {SMALL} of {late.rows:,} rows met",
+        f"{late.ratio:.2f} times the first: {late.late_seconds * 1e3:.2f} ms",
+        "at most 2",
+    )
     for of, step_s in steps.items():
         seen = f"{batch_s / step_s:.3%}: {batch_s * 1e3:.1f} ms of {step_s:.1f} s"
         shown.add_row(f"share of a step of {BATCH:,}, {of}", seen, "under 1 %")
@@ -186,15 +222,17 @@ def main() -> None:
     seconds = scaling([n for n in (10**3, 10**4, 10**5, 10**6) if n <= options.largest])
     batch_s = scaling([BATCH])[BATCH]
     root = gamma_root(options.largest)
+    late = late_in_the_job(options.largest)
     steps = {} if options.no_step else {"12 M parameters": step_seconds()}
     if options.model is not None:
         steps[options.model.name] = step_seconds_of(options.model)
-    Console().print(table(seconds, root, batch_s, steps))
+    Console().print(table(seconds, root, late, batch_s, steps))
     if options.json is not None:
         figures = {
             "weigh_seconds": seconds,
             "slope": slope(seconds),
             "gamma": {**asdict(root), "speed_up": root.speed_up},
+            "late": {**asdict(late), "ratio": late.ratio},
             "batch_seconds": batch_s,
             "step_seconds": steps,
         }
