@@ -17,7 +17,8 @@ from actors.messages import RankBeginning, RouteCounts
 from modeseek_ray.errors import DataError
 from modeseek_ray.objectives.deltas import DeltaSums
 from modeseek_ray.objectives.ratios import delta_sums, mismatch_factor
-from modeseek_ray.routing.wire import LIVE, Routes
+from modeseek_ray.routing.compare import compare_routes
+from modeseek_ray.routing.wire import Routes
 from modeseek_ray.types import FloatArray, Objective, Sample
 
 
@@ -192,14 +193,13 @@ def changed(live_TLK: Routes, given_TLK: Routes) -> RouteCounts:
     """Where `live` asks another *set* of experts than `given`; positions that `given` leaves open do not count.
 
     >>> changed(np.array([[[1, 2]], [[0, 1]]]), np.array([[[2, 1]], [[0, 3]]]))
-    RouteCounts(num_token_layers=2, num_changed_token_layers=1, num_tokens=2, num_changed_tokens=1)
+    RouteCounts(num_token_layers=2, num_changed_token_layers=1, num_tokens=2, num_changed_tokens=1, overlap_sum=1.5)
     """
-    known_TL = given_TLK[..., 0] != LIVE
-    same_TL = (np.sort(live_TLK, -1).astype(np.int32) == np.sort(given_TLK, -1).astype(np.int32)).all(-1)
-    changed_TL = known_TL & ~same_TL
+    found = compare_routes(live_TLK, given_TLK)
     return RouteCounts(
-        num_token_layers=int(known_TL.sum()),
-        num_changed_token_layers=int(changed_TL.sum()),
-        num_tokens=int(known_TL.any(1).sum()),
-        num_changed_tokens=int(changed_TL.any(1).sum()),
+        num_token_layers=found.num_token_layers,
+        num_changed_token_layers=round(found.share_differing * found.num_token_layers),
+        num_tokens=found.num_tokens,
+        num_changed_tokens=round(found.share_tokens_changed * found.num_tokens),
+        overlap_sum=found.overlap * found.num_token_layers,
     )

@@ -24,14 +24,15 @@ Picks = Sequence[Pick]
 class RouteCounts:
     """The trainer's live routes against the sampler's, counted where the sampler's are known.
 
-    >>> (RouteCounts(8, 1, 4, 1) + RouteCounts(8, 0, 4, 0)).figures()
-    {'routes/changed_token_layers': 0.0625, 'routes/changed_tokens': 0.125}
+    >>> (RouteCounts(8, 1, 4, 1, 7.5) + RouteCounts(8, 0, 4, 0, 8.0)).figures()
+    {'routes/changed_token_layers': 0.0625, 'routes/changed_tokens': 0.125, 'routes/overlap': 0.96875}
     """
 
     num_token_layers: int = 0
     num_changed_token_layers: int = 0  # another set of experts
     num_tokens: int = 0
     num_changed_tokens: int = 0  # in at least one layer
+    overlap_sum: float = 0.0  # over token-layers: experts in common, of K
 
     def __add__(self, other: RouteCounts) -> RouteCounts:
         mine, theirs = vars(self).values(), vars(other).values()
@@ -43,6 +44,7 @@ class RouteCounts:
         return {
             "routes/changed_token_layers": self.num_changed_token_layers / self.num_token_layers,
             "routes/changed_tokens": self.num_changed_tokens / self.num_tokens,
+            "routes/overlap": self.overlap_sum / self.num_token_layers,
         }
 
 

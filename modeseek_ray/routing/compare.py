@@ -31,6 +31,7 @@ class RouteDifference:
     share_tokens_changed: float  # of tokens: another set in at least one router
     share_differing_L: FloatArray  # the first of the two shares, router by router
     num_tokens: int  # compared: those with a route on both sides in some router
+    num_token_layers: int  # token-routers compared
 
     def metrics(self, prefix: str = "routing") -> dict[str, float]:
         """Flat names, for the metrics of a step."""
@@ -70,6 +71,7 @@ def compare_routes(one: Routes, other: Routes) -> RouteDifference:
         share_tokens_changed=_share(differs_TL.any(-1).sum(), tokens_T.sum()),
         share_differing_L=differs_TL.sum(0) / np.maximum(1, known_TL.sum(0)),
         num_tokens=int(tokens_T.sum()),
+        num_token_layers=int(known_TL.sum()),
     )
 
 

@@ -50,7 +50,7 @@ class EchoRank:
             log_policy_N=np.array(values),
             sum_delta_N=known_N if (known_N == 0.5).any() else None,
             mismatch=DeltaSums(num_tokens=len(values), num_samples=len(values), abs_delta=sum(values)),
-            routes=RouteCounts(8, 1, 4, 1) if values else None,
+            routes=RouteCounts(8, 1, 4, 1, 7.5) if values else None,
         )
 
     async def stop(self) -> None:
@@ -155,6 +155,7 @@ async def test_steps_on_parts_stay_where_their_samples_were_begun(num_ranks: int
         # Of the whole batch, whatever the part: 108 = 12 + 10 + 23 + 20 + 21 + 22.
         assert report.figures["mismatch/mean_abs_delta"] == 108 / 6
         assert report.figures["routes/changed_token_layers"] == 1 / 8
+        assert report.figures["routes/overlap"] == 7.5 / 8
     for rank in ranks:
         assert sorted(rank.stepped) == sorted(rank.begun)
         assert len(rank.plans) == 2, "every rank is in every step, with nothing to do if need be"

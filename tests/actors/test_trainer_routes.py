@@ -146,7 +146,7 @@ def test_scoring_follows_the_samples_routes_and_evaluation_does_not(
 
 
 class TestFigures:
-    """Two tokens of sample 0 ask other experts: one in both layers, one in the first alone."""
+    """Two tokens of sample 0 ask other experts, none in common: one in both layers, one in the first alone."""
 
     @pytest.fixture
     def batch(self, samples: list[Sample], live: list[np.ndarray]) -> list[Sample]:
@@ -166,11 +166,16 @@ class TestFigures:
         return {
             "routes/changed_token_layers": 3 / (2 * num_tokens),
             "routes/changed_tokens": 2 / num_tokens,
+            "routes/overlap": 1 - 3 / (2 * num_tokens),
         }
 
     def figures(self, trainer: Trainer, batch: list[Sample]) -> dict[str, float]:
         [report] = run(trainer, batch, EVERYTHING).reports
-        return {k: v for k, v in report.figures.items() if k.startswith(("routes/changed", "mismatch"))}
+        return {
+            k: v
+            for k, v in report.figures.items()
+            if k.startswith(("routes/changed", "routes/overlap", "mismatch"))
+        }
 
     def test_live_against_the_samplers(self, start: Start, tiny_moe: Path, batch: list[Sample]) -> None:
         for replay in (None, "R2"):

@@ -63,6 +63,7 @@ SECTION_7: dict[str, tuple[str, ...]] = {
     "MoE: section 6": (
         "routes/changed_token_layers",
         "routes/changed_tokens",
+        "routes/overlap",
         "mismatch/kl_k3",
         "mismatch/over_two",
     ),
