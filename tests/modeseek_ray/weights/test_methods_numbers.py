@@ -23,7 +23,7 @@ TESTS = {
     "Equal inputs to the weighing": (FORMS, "test_plain_sft_is_exactly_one"),
     "Adding a constant to L": (
         HERE + "test_weights_properties.py",
-        "test_a_shift_of_all_log_ratios_changes_nothing",
+        "test_a_shift_changes_no_gamma_per_sample",
     ),
     "(σ², δ) = (.5, 1)": (FORMS, "test_bias_variance"),
     "(0,1) and (10,11)": (FORMS, "test_a_shift_of_a_group_changes_nothing"),

@@ -49,8 +49,55 @@ print(json.dumps({
 }))
 """
 
+# The command and the service as a user has them, without a cluster. Argument: the model's directory.
+CHECK_AND_VALIDATE = """
+import json
+import sys
+from pathlib import Path
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner
+from actors.main import app
+from modeseek_ray.jobs.paths import Home
+from modeseek_ray.jobs.store import Store
+from modeseek_ray.jobs.validation import ProcessValidator
+from modeseek_ray.service import ServiceSettings, create_app
 
-def run_with_plug_in(directory: Path, source: str, entry: str, code: str) -> subprocess.CompletedProcess[str]:
+model, here = Path(sys.argv[1]), Path.cwd()
+content = "".join(json.dumps({"prompt": "p", "completion": c, "group": 1, "reward": r}) + "\\n"
+                  for r, c in enumerate("abc"))
+(here / "rows.jsonl").write_text(content)
+
+def job(file, **reward):
+    weighted = {"reward": {"scheme": "square_root", **reward}}
+    return {"model": str(model), "training_file": file, "method": {"type": "weighted", "weighted": weighted}}
+
+(here / "job.json").write_text(json.dumps(job("rows.jsonl", offset=1.0)))
+checked = CliRunner().invoke(app, ["check", "job.json", "--json", "--home", str(here / "home")])
+(here / "bad.json").write_text(json.dumps(job("rows.jsonl", offset=-1.0)))
+bad = CliRunner().invoke(app, ["check", "bad.json", "--home", str(here / "home")])
+
+home = Home(here / "home")
+home.prepare()
+service = create_app(home, Store(home.store_url), validator=ProcessValidator(home),
+                     settings=ServiceSettings(roots=(model.parent,)))
+with TestClient(service, base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as client:
+    sent = client.post("/v1/files", files={"file": ("rows.jsonl", content)}, data={"purpose": "fine-tune"})
+    def validate(**reward):
+        return client.post("/v1/fine_tuning/jobs/validate", json=job(sent.json()["id"], **reward)).json()
+    valid, refused = validate(offset=1.0), validate(offset=-1.0)
+print(json.dumps({
+    "check": [checked.exit_code, json.loads(checked.output)["data"]["ok"]],
+    "check refuses": bad.exception.param,
+    "validate": [valid["valid"], valid["error"], valid["report"]["data"]["ok"]],
+    "validate refuses": [refused["valid"], refused["error"]["param"]],
+    "no cluster": "ray" not in sys.modules,
+}))
+"""
+
+
+def run_with_plug_in(
+    directory: Path, source: str, entry: str, code: str, *arguments: str
+) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh process that finds a package `my_package` with one entry point installed."""
     (directory / "my_package.py").write_text(source)
     info = directory / "my_package-1.0.dist-info"
@@ -60,13 +107,24 @@ def run_with_plug_in(directory: Path, source: str, entry: str, code: str) -> sub
     root = Path(modeseek_ray.weights.__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{directory}{os.pathsep}{root}"}
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code, *arguments],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
 
 
-def test_the_example_appears_everywhere_without_another_edit(tmp_path: Path) -> None:
+def example() -> tuple[str, str]:
+    """The README's package, and its entry point."""
     source = next(text for kind, text in BLOCKS if kind == "python" and "my_package" in text)
-    entry = next(text for kind, text in BLOCKS if kind == "toml").splitlines()[1].replace('"', "")
+    return source, next(text for kind, text in BLOCKS if kind == "toml").splitlines()[1].replace('"', "")
+
+
+def test_the_example_appears_everywhere_without_another_edit(tmp_path: Path) -> None:
+    source, entry = example()
     assert len([line for line in source.splitlines() if line]) <= 15
     seen = json.loads(run_with_plug_in(tmp_path, source, entry, LOOK_EVERYWHERE).stdout)
     # sqrt(r + 1) of (-1, 0, 3) is (0, 1, 2): mean one.
@@ -79,6 +137,17 @@ def test_the_example_appears_everywhere_without_another_edit(tmp_path: Path) -> 
         "needs": ["rewards"],
         "check": ["method.weighted.reward.scheme"],
         "refused": ["method.weighted.reward.offset", "method.weighted.reward.ofset"],
+    }
+
+
+def test_the_example_appears_in_the_check_command_and_over_http(tmp_path: Path, tiny_dense: Path) -> None:
+    seen = json.loads(run_with_plug_in(tmp_path, *example(), CHECK_AND_VALIDATE, str(tiny_dense)).stdout)
+    assert seen == {
+        "check": [0, True],
+        "check refuses": "method.weighted.reward.offset",
+        "validate": [True, None, True],
+        "validate refuses": [False, "method.weighted.reward.offset"],
+        "no cluster": True,
     }
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from modeseek_ray.weights import Evidence, Weighting, effective_sample_size, weigh
+from modeseek_ray.errors import NumericsError
+from modeseek_ray.weights import PRESETS, Evidence, Weighting, effective_sample_size, weigh
 from modeseek_ray.weights.registry import SCHEMES
 from modeseek_ray.weights.solve import largest_feasible, log_conditional_ess
 
@@ -197,17 +198,57 @@ def test_length_exponent_one_ignores_repetition() -> None:
     np.testing.assert_allclose(weigh(mixed, by_power(0.7)).values_N, weigh(once, by_power(0.7)).values_N)
 
 
+# What equal rows of one prompt get where it is not one each: exp(-1), as every loss is the median; the
+# first of the tied; no advantage; no pair, as nothing is better than anything.
+OF_EQUAL_ROWS = {
+    "flow": lambda n: np.full(n, math.exp(-1)),
+    "raft": lambda n: np.eye(n)[0] * n,
+    "grpo": np.zeros,
+    "dpo": np.zeros,
+}
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize(
-    "preset", ["mode_seeking", "anchored", "flow", "iw_sft", "rwr", "awr", "raft", "top_k"]
-)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_tiny_and_all_equal_batches(n: int, preset: str) -> None:
-    evidence = Evidence(np.full(n, -5.0), np.full(n, -5.0), np.full(n, 2), rewards_N=np.full(n, 0.3))
-    weights = weigh(evidence, Weighting.model_validate({"preset": preset}))
-    if preset in ("flow", "raft"):  # unnormalised; ties broken by order
-        assert np.ptp(weights.values_N) == 0 or preset == "raft"
-    else:
-        assert (weights.values_N == 1.0).all()
+    evidence = Evidence(
+        log_policy_N=np.full(n, -5.0),
+        log_reference_N=np.full(n, -5.0),
+        num_tokens_N=np.full(n, 2),
+        log_behavior_N=np.full(n, -5.0),
+        rewards_N=np.full(n, 0.3),
+        group_N=np.zeros(n, np.int64),
+    )
+    weighting = Weighting.model_validate({"preset": preset})
+    if preset == "bon" and n == 1:
+        with pytest.raises(NumericsError, match="needs as many rewarded samples"):
+            weigh(evidence, weighting)
+        return
+    expected_N = OF_EQUAL_ROWS.get(preset, np.ones)(n)
+    np.testing.assert_allclose(weigh(evidence, weighting).values_N, expected_N, rtol=1e-12)
+
+
+@PER_EXAMPLE
+@given(LOG_RATIOS, st.floats(-500, 500), FLOORS)
+def test_a_shift_changes_no_gamma_per_sample(log_ratio_N: np.ndarray, shift: float, floor: float) -> None:
+    """gamma_i acts on L_i - mean L: rows of another distance to the start, all L moved by one number."""
+    log_ratio_N = np.round(log_ratio_N / 100, 3)
+    nll_N = np.linspace(0.5, 6.0, len(log_ratio_N))
+
+    def weighed(log_ratio_N: np.ndarray) -> np.ndarray:
+        gamma = {"per_sample": {**ess(floor)["ess"], "distance": "initial_nll"}}
+        return weigh(Evidence(log_ratio_N - nll_N, -nll_N, np.ones(len(nll_N))), by_power(gamma)).values_N
+
+    np.testing.assert_allclose(weighed(log_ratio_N + shift), weighed(log_ratio_N), rtol=1e-6, atol=1e-9)
+
+
+def test_a_gamma_per_sample_is_no_gamma_of_all() -> None:
+    """L = (0, 1, 2), d = (1, 2, 3), tau 2: gamma_i = gamma (2/3, 1/2, 2/5), on L - 1 = (-1, 0, 1)."""
+    evidence = Evidence(np.array([-1.0, -1.0, -1.0]), np.array([-1.0, -2.0, -3.0]), np.ones(3))
+    gamma = {"per_sample": {"floor": 0.34, "max": 0.5, "warmup": 0.0}}
+    values_N = weigh(evidence, by_power(gamma)).values_N
+    expected_N = np.exp([-1 / 3, 0.0, 1 / 5])
+    np.testing.assert_allclose(values_N, expected_N / expected_N.mean(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("scheme", ["ratio_power", "linear"])
