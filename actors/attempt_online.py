@@ -67,6 +67,8 @@ class OnlineAttempt(Attempt):
                 [p.token_ids_T for p in prompts[:64]],
                 trainer_dtype=self._config.resources.dtype,
                 sync_tokens=tokens_to_reach(self._model.num_experts),
+                # Under R0 the trainer scores by the start's experts, which are not those that wrote the sample.
+                holds_samples=self._online.mismatch is None and self._online.routing_replay != "R0",
             )
             driver = await self._driver(plan, source, trainer, probes, reference=reference, channel=channel)
             await self._start(generator, channel)

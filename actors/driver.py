@@ -156,6 +156,8 @@ class Driver:
             groups = await self._trainer.begin(groups, parts)
         elif self._needs_policy:
             groups = await self._trainer.score(groups)
+        if self._channel is not None:
+            self._channel.compare_samples(groups)
         weights = self._weigh(groups)
         report = await self._step(groups, weights)
         self._source.observe(groups, weights)

@@ -127,6 +127,13 @@ class WeightChannel(Protocol):
         """
         ...
 
+    def compare_samples(self, groups: Sequence[Group]) -> None:
+        """Hold the trainer's log-probabilities of samples against those their engine recorded.
+
+        Of those alone that the weights of now wrote and the trainer has scored. Raises `NumericsError`, as `sync`.
+        """
+        ...
+
 
 class Journal(Protocol):
     """The job's memory: events, metrics, the per-sample ledger, checkpoints."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.agreement import FLOAT32_LIMIT, refuse_other_log_probs
 from actors.canary import (
     BFLOAT16_TOKENS,
     FLOAT32,
@@ -30,6 +31,7 @@ from actors.canary import (
 from actors.generator_pool import GeneratorPool
 from actors.transfers import MemoryTransfer, Transfer
 from actors.weight_chunks import ChunkFacts
+from modeseek_ray.types import Group
 
 
 class WeightOwner(Protocol):
@@ -58,10 +60,13 @@ class VerifiedChannel:
         in_flight: Literal["drain", "restart"] = "drain",
         transfer: Transfer | None = None,
         sync_tokens: int = SYNC_TOKENS,
+        holds_samples: bool = True,
     ) -> None:
         """`canary`: token sequences, at best of the job's own prompts. `trainer_dtype`: None = the engines'.
         `tolerance`: None = 1e-4 nats in float32; where one of both dtypes is coarser, a few times the difference
         that `verify` finds. `sync_tokens`: about how many tokens prove a sync in float32 (`tokens_to_reach`).
+
+        `holds_samples`: whether `compare_samples` compares; a job that corrects for a mismatch expects one.
 
         `transfer`: None = through memory, which works everywhere.
 
@@ -76,6 +81,8 @@ class VerifiedChannel:
         self._sync_tokens = sync_tokens * (BFLOAT16_TOKENS if rounds else 1)
         self._calibrates = rounds and tolerance is None
         self._tolerance = tolerance or (UNMEASURED if rounds else FLOAT32)
+        self._rounds = rounds
+        self._holds_samples = holds_samples
         self._in_flight = in_flight
         self._transfer = transfer or MemoryTransfer(trainer, generator)
 
@@ -141,6 +148,16 @@ class VerifiedChannel:
             self._tolerance, self._calibrates = Tolerance.calibrated(figures), False
         await self._generator.release(version)
         return {**figures, **self._tolerance.figures()}
+
+    def compare_samples(self, groups: Sequence[Group]) -> None:
+        """See `roles.WeightChannel`. In bfloat16 by the measured tolerance, in units of the sampling temperature."""
+        if not self._holds_samples:
+            return
+        sample = batch = FLOAT32_LIMIT
+        if self._rounds:
+            sharpness = 1 / min(1.0, self._generator.spec.sampling.temperature or 1.0)
+            sample, batch = self._tolerance.largest * sharpness, self._tolerance.mean * sharpness
+        refuse_other_log_probs(groups, self._generator.version, sample=sample, batch=batch)
 
     async def _compare(
         self,

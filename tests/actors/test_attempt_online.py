@@ -105,6 +105,9 @@ def test_both_engines_agree_after_every_hand_over(whole: Path) -> None:
     steps_S, largest_S = metrics.known("sync.largest_difference_nats")
     # A step's figures are those of the hand-over before it.
     assert steps_S.tolist() == list(range(2, ROUNDS + 1)) and largest_S.max() < 1e-4
+    # And what the trainer says of every token of a round is what the engine drew it with: exp(1e-4) - 1 = 1e-4.
+    furthest_S = metrics.known("mismatch/max_abs_delta")[1]
+    assert len(furthest_S) == ROUNDS and furthest_S.max() < 1e-4
     assert metrics.known("rollout.staleness")[1].tolist() == [0.0] * ROUNDS
     for name in ("loss", "grad_norm", "kl_nats", "rollout.reward", "ratio/mean_abs_delta"):
         values_S = metrics.known(name)[1]

@@ -61,12 +61,16 @@ class FakeChannel:
 
     def __init__(self, trainer: FakeTrainer) -> None:
         self.versions: list[int] = []
+        self.compared = 0
         self._trainer = trainer
 
     async def sync(self, version: int) -> Mapping[str, float]:
         self._trainer.calls.append("sync")
         self.versions.append(version)
         return {"seconds": 0.5}
+
+    def compare_samples(self, groups: Sequence[Group]) -> None:
+        self.compared += len(groups)
 
 
 class FakeTrainer:
@@ -266,6 +270,7 @@ async def test_the_weights_go_to_the_generator_after_each_batch() -> None:
     channel = FakeChannel(trainer)
     await _driver(_plan(), trainer=trainer, journal=journal, channel=channel).run()
     assert trainer.calls[:5] == ["step", "sync", "step", "sync", "save"]
+    assert channel.compared > 0  # the samples, before they are weighed
     assert channel.versions == [1, 2, 3, 4]
     assert journal.reports[0].figures == {"handed": 1.0}
     assert journal.reports[1].figures == {"handed": 2.0, "sync.seconds": 0.5}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ from safetensors.torch import load_file
 
 from actors.canary import UNMEASURED, Tolerance, compare, cut_canary, in_turn
 from actors.generator_pool import GeneratorPool
+from actors.rollout_source import _sample as sample_of
+from actors.rollouts import Rollout
+from actors.sources import probe_groups
 from actors.trainer import TrainerRank
 from actors.transfers import MemoryTransfer, NcclTransfer
 from actors.weight_chunks import ChunkFacts, WeightChunk
 from actors.weight_sync import VerifiedChannel
 from modeseek_ray.config import Lora, Training
 from modeseek_ray.errors import NumericsError, WorkerError
-from modeseek_ray.types import Objective, Sample
+from modeseek_ray.rewards import Grade
+from modeseek_ray.types import Completion, Objective, Sample, StepPlan
 from tests.actors.conftest import random_samples
 from tests.actors.engines import Engine, Engines
 from tests.actors.ranks import Start, Trainer, plan_for
@@ -127,38 +131,52 @@ async def trained_and_synced(engine: Engine, trainer: Trainer, rounds: int) -> G
         assert figures["sync_bytes"] > 0
         written = await pool.sample(prompts(2), round_=round_)
         assert {c.weight_version for cs in written for c in cs} == {first + round_ + 1}
+        assert await largest_difference(trainer, channel, written) < LIMIT
         scores.append(np.concatenate((await pool.score([prompts()[-1].token_ids_T]))[0]))
     # The weights did move, each time, by far more than the tolerance.
     assert min(np.abs(a - b).max() for a, b in itertools.pairwise(scores)) > 100 * LIMIT
     return pool
 
 
+async def largest_difference(
+    trainer: Trainer, channel: VerifiedChannel, written: Sequence[Sequence[Completion]]
+) -> float:
+    """|exp(log p trainer - log p engine) - 1| of the token that is furthest off, of what the engine just wrote."""
+    rollouts = [
+        Rollout(prompt, i, completion, "", Grade(1.0))
+        for prompt, completions in zip(prompts(len(written)), written, strict=True)
+        for i, completion in enumerate(completions)
+    ]
+    begun = trainer.pool()
+    groups = await begun.begin(probe_groups([sample_of(r, 0) for r in rollouts], lambda block: block))
+    channel.compare_samples(groups)
+    plan = StepPlan(step=0, values_N=np.zeros(len(rollouts)), denominator=1.0, learning_rate=0.0)
+    return (await begun.step(groups, plan)).figures["mismatch/max_abs_delta"]
+
+
+STAGES = [{"zero_stage": 2, "world_size": 1}, {"zero_stage": 3, "world_size": 2}]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 async def test_a_dense_engine_and_its_trainer_agree_after_every_one_of_ten_syncs(
-    dense_engine: Engine, start: Start, vllm_dense: Path
+    dense_engine: Engine, start: Start, vllm_dense: Path, stage: Mapping[str, int]
 ) -> None:
-    trainer = start(model=vllm_dense, zero_stage=2)
+    trainer = start(model=vllm_dense, **stage)
     pool = await trained_and_synced(dense_engine, trainer, ROUNDS)
     await pool.close()
     await assert_caught(dense_engine, trainer)  # the packed copy of a tied output layer
 
 
 @pytest.mark.slow
-async def test_an_moe_engine_and_zero_3_ranks_agree_after_every_one_of_ten_syncs(
-    moe_engine: Engine, start: Start, vllm_moe: Path
+@pytest.mark.parametrize("stage", STAGES)
+async def test_an_moe_engine_and_its_trainer_agree_after_every_one_of_ten_syncs(
+    moe_engine: Engine, start: Start, vllm_moe: Path, stage: Mapping[str, int]
 ) -> None:
-    trainer = start(model=vllm_moe, world_size=2, zero_stage=3, objective=Objective(temperature=0.7))
+    trainer = start(model=vllm_moe, objective=Objective(temperature=0.7), **stage)
     pool = await trained_and_synced(moe_engine, trainer, ROUNDS)
     channel = VerifiedChannel(Owner(trainer), pool, [p.token_ids_T for p in prompts()])
     assert (await channel.verify())["sync_largest_difference_nats"] < LIMIT
-    # What the trainer says of these samples at the sampler's temperature is what the sampler said.
-    written = await pool.sample(prompts(), round_=99)
-    for prompt, completions in zip(prompts(), written, strict=True):
-        for completion in completions:
-            ids_T = np.concatenate([prompt.token_ids_T, completion.token_ids_T])
-            sample = Sample(0, ids_T, np.arange(len(ids_T)) >= len(prompt.token_ids_T))
-            off = trainer.score([sample])[0] - completion.log_prob_T.sum(dtype=np.float64)
-            assert abs(off) < LIMIT * completion.num_tokens
     await pool.close()
     await assert_caught(moe_engine, trainer)  # the layout of the experts
 
