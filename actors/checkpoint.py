@@ -6,7 +6,8 @@ Order of a save, and why a crash at any point loses nothing that was there befor
 2. `finish` writes the driver's state, then flushes every file to the disk and records its size and
    SHA-256 in `manifest.json`, the last file to appear.
 3. One atomic rename to `step-N.aK` makes it visible; flushing the parent directory makes it last.
-4. Older checkpoints are removed only now, and never fewer than two stay.
+4. Older checkpoints (`surplus`) are removed only when the new one is committed and the store has forgotten
+   them, so that it lists none that is not there; and never fewer than two stay.
 
 `latest` goes back from the newest and returns the first that verifies, so that a checkpoint damaged
 later (a truncated shard, a bad disk) costs steps, not the job. DeepSpeed's own saves give none of
@@ -21,7 +22,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,6 @@ class CheckpointStore:
             _flush_directory(self._root)
         except OSError as error:
             raise _cannot_write(directory, error) from error
-        self._prune()
         return target
 
     def all(self) -> list[Path]:
@@ -152,8 +152,13 @@ class CheckpointStore:
             if match and int(match[2]) <= attempt:
                 shutil.rmtree(path)
 
-    def _prune(self) -> None:
-        for path in [*self.all()[self._keep :], *self._root.glob("step-*.a*.old")]:
+    def surplus(self) -> list[Path]:
+        """Checkpoints beyond those to keep. Whoever lists them has to forget them before they are removed."""
+        return self.all()[self._keep :]
+
+    def remove(self, surplus: Sequence[Path]) -> None:
+        """Delete these, and what a crash left of earlier removals."""
+        for path in [*surplus, *self._root.glob("step-*.a*.old")]:
             self._remove(path)
 
     def _remove(self, path: Path) -> None:

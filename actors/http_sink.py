@@ -97,6 +97,13 @@ class HttpSink:
             await self._until_answered(self._client.prune, str(older))
             self._committed.remove(older)
 
+    async def forget(self, checkpoints: Sequence[Path]) -> None:
+        """Have the service list these no more, before their files go."""
+        for path in checkpoints:
+            await self._until_answered(self._client.prune, str(path))
+            if path in self._committed:
+                self._committed.remove(path)
+
     def know(self, committed: Sequence[Path]) -> None:
         """Checkpoints that earlier attempts have committed: said to be gone when they are."""
         self._committed = list(committed)

@@ -35,6 +35,8 @@ class Sink(Protocol):
 
     async def checkpoint(self, step: int, directory: Path, metrics: Mapping[str, float]) -> None: ...
 
+    async def forget(self, checkpoints: Sequence[Path]) -> None: ...
+
     async def running(self) -> None:
         """The first step is committed: the job is running in the user's eyes."""
         ...
@@ -124,6 +126,9 @@ class ResultJournal:
         await self._sink.checkpoint(step, directory, metrics)
         self._emit("message", f"Checkpoint at step {step}.", {"step": step, **metrics}, "info")
 
+    async def forget(self, checkpoints: Sequence[Path]) -> None:
+        await self._sink.forget(checkpoints)
+
     async def desired(self) -> Desired:
         return self._sink.desired()
 
@@ -183,6 +188,9 @@ class CallbackSink:
 
     async def checkpoint(self, step: int, directory: Path, metrics: Mapping[str, float]) -> None:
         """The rename has committed it: without a service the directory is the only record."""
+
+    async def forget(self, checkpoints: Sequence[Path]) -> None:
+        """Nobody lists them."""
 
     async def running(self) -> None:
         """Nobody keeps a state here."""

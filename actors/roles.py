@@ -164,6 +164,10 @@ class Journal(Protocol):
         """Commit a checkpoint that is complete on disk."""
         ...
 
+    async def forget(self, checkpoints: Sequence[Path]) -> None:
+        """List these no more. Await before their files are removed."""
+        ...
+
     async def desired(self) -> Desired:
         """What the user wants of this job now. Asked once per step."""
         ...

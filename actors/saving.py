@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,10 @@ class Checkpoints(Protocol):
     def begin(self, step: int, attempt: int) -> Path: ...
 
     def finish(self, directory: Path, controller: Mapping[str, Any]) -> Path: ...
+
+    def surplus(self) -> list[Path]: ...
+
+    def remove(self, surplus: Sequence[Path]) -> None: ...
 
     def latest(self) -> Path | None: ...
 
@@ -86,7 +90,10 @@ class Saver:
             self._sealing.cancel()
 
     async def _seal(self, directory: Path, state: dict[str, Any], metrics: Mapping[str, float]) -> None:
-        """Manifest last, rename, and only then the commit in the store."""
+        """Manifest last, rename, and only then the commit in the store. Older ones go from there first."""
         finished = await asyncio.to_thread(self._checkpoints.finish, directory, state)
         await self._journal.checkpoint(state["step"], finished, metrics)
+        surplus = self._checkpoints.surplus()
+        await self._journal.forget(surplus)
+        await asyncio.to_thread(self._checkpoints.remove, surplus)
         self._sealed = state["step"]

@@ -26,7 +26,9 @@ def save(store: CheckpointStore, step: int, attempt: int = 1, content: bytes = b
     directory = store.begin(step, attempt)
     (directory / "zero").mkdir()
     (directory / "zero" / "shard.pt").write_bytes(content)
-    return store.finish(directory, {"step": step})
+    finished = store.finish(directory, {"step": step})
+    store.remove(store.surplus())
+    return finished
 
 
 def names(store: CheckpointStore) -> list[str]:
@@ -131,6 +133,7 @@ def test_a_crash_while_finishing_loses_nothing(
             patch.setattr(os, "fsync", fsync)
         with pytest.raises(KeyboardInterrupt):
             store.finish(directory, {})
+            store.remove(store.surplus())
     latest = store.latest()
     assert latest is not None
     assert latest.name == ("step-3.a1" if crash_at == 2 else "step-2.a1")

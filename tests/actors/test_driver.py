@@ -145,6 +145,8 @@ class FakeJournal:
 
     async def checkpoint(self, step: int, directory: Path, metrics: Any) -> None: ...
 
+    async def forget(self, checkpoints: Sequence[Path]) -> None: ...
+
     async def desired(self) -> str:
         self.asked += 1
         return self.wanted if self.stop_at is not None and self.asked > self.stop_at else "run"
@@ -160,6 +162,11 @@ class MemoryCheckpoints:
     def finish(self, directory: Path, controller: Mapping[str, Any]) -> Path:
         self.saved[directory] = dict(controller)
         return directory
+
+    def surplus(self) -> list[Path]:
+        return []
+
+    def remove(self, surplus: Sequence[Path]) -> None: ...
 
     def latest(self) -> Path | None:
         return max(self.saved, key=lambda p: self.saved[p]["step"], default=None)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from actors.checkpoint import CheckpointStore
+from actors.http_sink import HttpSink
+from actors.journal import ResultJournal
 from actors.saving import Saver
 from modeseek_ray.errors import StorageError
 
@@ -29,6 +31,8 @@ class Parts:
 
     async def checkpoint(self, step: int, directory: Path, metrics: Mapping[str, float]) -> None:
         self.committed.append(step)
+
+    async def forget(self, checkpoints: Sequence[Path]) -> None: ...
 
 
 class SlowDisk(CheckpointStore):
@@ -93,6 +97,47 @@ async def test_a_checkpoint_that_could_not_be_sealed_stops_the_attempt(
     await asyncio.sleep(0.2)
     with pytest.raises(StorageError):
         await saver.notice()
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_a_checkpoint_is_forgotten_by_the_store_before_its_files_go(
+    tmp_path: Path, background: bool
+) -> None:
+    """At any moment all that is listed is there, whole."""
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
+
+    class Service:
+        """Lists what it was told, and looks at each call whether all of it is there."""
+
+        def __init__(self) -> None:
+            self.listed: list[str] = []
+            self.pruned: list[str] = []
+
+        async def checkpoint(self, step: int, path: str, metrics: Any) -> None:
+            self.listed.append(path)
+            self.look()
+
+        async def events(self, events: Any) -> int:
+            return int(events[-1]["seq"])
+
+        async def prune(self, path: str) -> None:
+            self.look()
+            self.listed.remove(path)
+            self.pruned.append(Path(path).name)
+
+        def look(self) -> None:
+            for path in self.listed:
+                store.verify(Path(path))
+
+    service: Any = Service()
+    sink = HttpSink(service, tmp_path / "spool.jsonl")
+    parts: Any = Parts()
+    saver = Saver(store, parts, ResultJournal(tmp_path / "results", sink), 1, background=background)
+    for step in (2, 4, 6, 8):
+        await saver.save({"step": step}, {}, last=step == 8)
+    service.look()
+    assert service.pruned == ["step-2.a1", "step-4.a1"]
+    assert [path.name for path in store.all()] == ["step-8.a1", "step-6.a1"]
 
 
 async def test_in_the_foreground_a_checkpoint_is_committed_on_return(tmp_path: Path) -> None:
