@@ -12,14 +12,15 @@ import logging
 import os
 import signal
 import socket
-import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from actors.attempt import AttemptResult, AttemptSpec
 from actors.attempts import attempt_of
 from actors.cluster import RayPlacement, check_nodes, connect
+from actors.endings import would_come_again
 from actors.fetching import fetch_missing
 from actors.http_sink import LEASE_S, HttpSink, LeaseLost
 from actors.journal import ResultJournal
@@ -86,26 +87,27 @@ async def _drive(client: AttemptClient, home: Home, job_id: str, number: int, to
         log.error("%s", error)
         return 1
     except ModeseekError as error:
-        if is_full(error):
-            await sink.transition("paused", error=_wire_error(error))
-        elif error.code == "worker_died":
-            # Nothing says that it would die again: the service starts a new attempt, three times if need be.
-            sink.emit(_event(f"The attempt ends: {error.message}"))
-            await sink.delivered()
-            return 1
-        else:
-            await sink.transition("failed", error=_wire_error(error))
+        log.error("the attempt ends: %s", error, exc_info=error)
+        await _end(sink, error)
     except Exception as error:
-        log.exception("the attempt failed")
-        if is_full(error):
-            await sink.transition("paused", error=_wire_error(_full(error)))
-        else:
-            await sink.transition("failed", error=_wire_error(_unforeseen(error)))
+        log.exception("the attempt ends")
+        await _end(sink, _full(error) if is_full(error) else _unforeseen(error))
     finally:
         lost.cancel()
         stopped.cancel()
         await sink.close()
     return 0
+
+
+async def _end(sink: HttpSink, error: ModeseekError) -> None:
+    """A full disk pauses the job, what would come again fails it, and all else costs the attempt alone."""
+    if is_full(error):
+        await sink.transition("paused", error=_wire_error(error))
+    elif would_come_again(error):
+        await sink.transition("failed", error=_wire_error(error))
+    else:
+        with suppress(LeaseLost):  # said again after a lost answer it is stale, and has been heard
+            await sink.transition("recovering", error=_wire_error(error))
 
 
 async def _stopped(sink: HttpSink) -> str:
@@ -185,10 +187,6 @@ async def _conclude(sink: HttpSink, result: AttemptResult) -> None:
         )
     else:
         await sink.transition("cancelled" if ended == "cancel" else "paused")
-
-
-def _event(text: str) -> dict[str, Any]:
-    return {"type": "message", "level": "warn", "message": text, "created_at": time.time(), "data": {}}
 
 
 def _wire_error(error: ModeseekError) -> dict[str, str | None]:

@@ -55,7 +55,11 @@ class AttemptClient:
     async def transition(
         self, to: str, *, error: Mapping[str, Any] | None = None, results: Mapping[str, Any] | None = None
     ) -> Json:
-        """Move the job on. May be repeated when the answer was lost."""
+        """Move the job on. May be repeated when the answer was lost.
+
+        `recovering` with an `error` gives this attempt up, and the service starts another; that is the
+        driver's last word, and repeated it is refused as stale.
+        """
         return await self._call("POST", "/transition", {"to": to, "error": error, "results": results})
 
     async def fetch(self, role: str, target: Path) -> None:

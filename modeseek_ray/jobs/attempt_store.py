@@ -71,27 +71,9 @@ class AttemptStore:
         """
         now = self._database.clock()
         with self._database.write() as connection:
-            # A checkpoint may be committed just now, which does not raise the version.
-            committed_step = find_job(connection, job.id, lock=True).committed_step
-            start_step = connection.execute(
-                select(attempts.c.start_step).where(
-                    attempts.c.job_id == job.id, attempts.c.number == job.attempt
-                )
-            ).scalar_one()
-            fruitful = committed_step is not None and committed_step > (start_step or 0)
-            event = EventDraft(
-                f"Attempt {job.attempt} was lost: {reason}",
-                level="warn",
-                data={"state": "recovering", "attempt": job.attempt},
-            )
-            changes = {
-                "fence": job.fence + 1,
-                "fruitless_attempts": 0 if fruitful else job.fruitless_attempts + 1,
-            }
-            number = job.attempt
+            find_job(connection, job.id, lock=True)
             _deliver(connection, job, spool, now)
-            job = move_job(connection, job, "recovering", event, now, **changes)
-            update_attempt(connection, job.id, number, ended_at=now, outcome=reason)
+            job = lose_attempt(connection, job, reason, now)
         self._database.announce(job.id)
         return job
 
@@ -136,6 +118,31 @@ def _deliver(connection: Connection, job: JobRecord, spool: Path | None, now: fl
         append_numbered(
             connection, job.id, job.attempt, undelivered(spool, job.attempt, known.last_sequence), now
         )
+
+
+def lose_attempt(
+    connection: Connection, job: JobRecord, reason: str, now: float, *, counts: bool = True
+) -> JobRecord:
+    """End the job's attempt, which may be followed by another. `counts`: as one that got no further."""
+    # A checkpoint may be committed just now, which does not raise the version.
+    committed_step = find_job(connection, job.id, lock=True).committed_step
+    start_step = connection.execute(
+        select(attempts.c.start_step).where(attempts.c.job_id == job.id, attempts.c.number == job.attempt)
+    ).scalar_one()
+    fruitful = committed_step is not None and committed_step > (start_step or 0)
+    event = EventDraft(
+        f"Attempt {job.attempt} was lost: {reason}",
+        level="warn",
+        data={"state": "recovering", "attempt": job.attempt},
+    )
+    changes = {
+        "fence": job.fence + 1,
+        "fruitless_attempts": 0 if fruitful else job.fruitless_attempts + counts,
+    }
+    number = job.attempt
+    job = move_job(connection, job, "recovering", event, now, **changes)
+    update_attempt(connection, job.id, number, ended_at=now, outcome=reason)
+    return job
 
 
 def digest(token: str) -> str:

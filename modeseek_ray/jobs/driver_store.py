@@ -10,13 +10,22 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, insert, select, update
 
-from modeseek_ray.jobs.attempt_store import append_numbered, digest, find_attempt, update_attempt
+from modeseek_ray.jobs.attempt_store import (
+    append_numbered,
+    digest,
+    find_attempt,
+    lose_attempt,
+    update_attempt,
+)
 from modeseek_ray.jobs.database import Database
 from modeseek_ray.jobs.errors import IllegalTransitionError, NotFoundError, StaleFenceError, TokenError
 from modeseek_ray.jobs.history import find_job, move_job
 from modeseek_ray.jobs.records import CheckpointRecord, EventDraft, JobRecord, Results, new_id
 from modeseek_ray.jobs.states import DRIVER_STATES
 from modeseek_ray.jobs.tables import checkpoints, files, jobs, models
+
+# Reasons for the end of an attempt that came before anything was tried: it waits again, as often as need be.
+WITHOUT_A_TRY = frozenset({"no_resources"})
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,10 @@ class DriverStore:
         self._database = database
         self.lease_s = lease_s
 
-    def authorize(self, bearer: Bearer) -> JobRecord:
-        """The job this driver may speak for."""
+    def authorize(self, bearer: Bearer, repeating: str | None = None) -> JobRecord:
+        """The job this driver may speak for, or may repeat its last word about."""
         with self._database.read() as connection:
-            return _check(connection, bearer, lock=False)
+            return _check(connection, bearer, repeating, lock=False)
 
     def heartbeat(self, bearer: Bearer, progress: Progress) -> tuple[str, float]:
         """Renew the lease and note progress. Returns what is desired and until when the lease holds."""
@@ -189,6 +198,20 @@ class DriverStore:
         self._database.announce(job.id)
         return job
 
+    def give_up(self, bearer: Bearer, error: Mapping[str, Any]) -> JobRecord:
+        """The driver cannot go on, and nothing says that another could not: its attempt is lost.
+
+        It counts towards the attempts that got no further, unless the cluster had no room for it: then
+        nothing was tried. The driver's fence is void on return.
+        """
+        reason = f"{error.get('code')}: {error.get('message')}"
+        with self._database.write() as connection:
+            job = _check(connection, bearer)
+            counts = error.get("code") not in WITHOUT_A_TRY
+            job = lose_attempt(connection, job, reason, self._database.clock(), counts=counts)
+        self._database.announce(job.id)
+        return job
+
     def _store_results(
         self, connection: Connection, job: JobRecord, results: Results, model_name: str | None, now: float
     ) -> dict[str, Any]:
@@ -248,20 +271,25 @@ _SENTENCES = {
 }
 
 
+def _wrong_token() -> TokenError:
+    return TokenError("the attempt's token is wrong.", mend="This driver must stop.")
+
+
 def _check(
     connection: Connection, bearer: Bearer, repeating: str | None = None, *, lock: bool = True
 ) -> JobRecord:
     """The job, if this driver is the one it has. `repeating` lets a driver repeat its own last word.
 
     The job stays locked: an attempt that is lost meanwhile waits until this driver's write is whole.
+    Until the token matches there is one answer: nobody learns which jobs and attempts there are.
     """
     try:
         job = find_job(connection, bearer.job_id, lock=lock)
-    except NotFoundError as error:
-        raise StaleFenceError(error.message, mend="This driver must stop.") from None
-    attempt = find_attempt(connection, bearer.job_id, bearer.attempt)
+        attempt = find_attempt(connection, bearer.job_id, bearer.attempt)
+    except (NotFoundError, StaleFenceError):
+        raise _wrong_token() from None
     if not hmac.compare_digest(attempt.token_sha256, digest(bearer.token)):
-        raise TokenError("the attempt's token is wrong.", mend="This driver must stop.")
+        raise _wrong_token()
     own_last_word = repeating is not None and job.state == repeating and attempt.outcome == repeating
     live = not job.terminal and attempt.ended_at is None
     if bearer.fence != job.fence or bearer.attempt != job.attempt or not (live or own_last_word):

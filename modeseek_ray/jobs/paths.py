@@ -75,7 +75,7 @@ class Home:
 
     @property
     def operator(self) -> Path:
-        """How `modeseek keys` reaches the service that runs here: url and token. Mode 0600; means nothing without it."""
+        """How `modeseek keys` reaches the service that runs here: url and token. Mode 0600."""
         return self.root / "operator.json"
 
     @property

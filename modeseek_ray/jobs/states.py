@@ -35,7 +35,7 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
 # A driver process may be alive in these: they count against capacity and are watched by lease.
 ATTENDED = frozenset({"starting", "running", "checkpointing", "pausing", "cancelling"})
 
-# The only states a driver may put its job in.
+# The only states a driver may put its job in; it may also give its attempt up (`DriverStore.give_up`).
 DRIVER_STATES = frozenset({"running", "checkpointing", "paused", "succeeded", "failed", "cancelled"})
 
 _PUBLIC = {

@@ -199,8 +199,13 @@ def _commit(service: Service, bearer: Bearer, new: NewCheckpoint) -> dict[str, A
 def _move(service: Service, bearer: Bearer, new: NewState) -> dict[str, Any]:
     name = None
     results = None
+    job = service.store.drivers.authorize(bearer, repeating=new.to)
+    if new.to == "recovering":
+        job = service.store.drivers.give_up(bearer, _public_error(new.error or {}))
+        service.wake()
+        return {"state": job.state, "desired": job.desired, "fine_tuned_model": None}
     if new.results is not None:
-        name = fine_tuned_name(service.store.jobs.get(bearer.job_id))
+        name = fine_tuned_name(job)
         results = _results(service, bearer.job_id, new.results)
     error = None if new.error is None else _public_error(new.error)
     job = service.store.drivers.transition(bearer, new.to, error=error, results=results, model_name=name)

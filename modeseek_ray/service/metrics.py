@@ -16,7 +16,12 @@ from modeseek_ray.jobs.states import TRANSITIONS
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.service.notify import Notifier
 
-STEP_PARTS = ("score", "forward", "backward", "optimizer", "sync", "total")
+# Part of a step -> the driver's figure of it. A sync is no part of the trainer's report: it follows the step, and
+# its figures come with the next one.
+STEP_PARTS = {
+    **{part: f"seconds_{part}" for part in ("score", "forward", "backward", "optimizer", "total")},
+    "sync": "sync.seconds",
+}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -97,8 +102,8 @@ class Metrics:
         ess_ratio = _number(data.get("ess_ratio"))
         if ess_ratio is not None:
             self._ess.observe(ess_ratio)
-        for part in STEP_PARTS:
-            seconds = _number(data.get(f"seconds_{part}"))
+        for part, figure in STEP_PARTS.items():
+            seconds = _number(data.get(figure))
             if seconds is not None:
                 self._part_seconds.labels(part).observe(seconds)
 

@@ -9,11 +9,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
 from actors import http_sink
 from actors.commands import drive
-from modeseek_ray.errors import ServiceError, StorageError, WorkerError
+from modeseek_ray.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    NumericsError,
+    RoutingError,
+    ServiceError,
+    StorageError,
+    WorkerError,
+)
 from modeseek_ray.jobs.paths import Home
+from modeseek_ray.rewards.grader import GraderError
 
 TOLD: dict[str, Any] = {"lease_s": 60.0, "deadlines_s": {}}  # by the secret file
 
@@ -91,32 +102,46 @@ class Listening:
     """A service that notes what it is told."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
-        self.messages: list[str] = []
+        self.said: list[tuple[str, str | None]] = []  # state, code of the error
 
     async def heartbeat(self, progress: Any) -> str:
         return "run"
 
     async def events(self, events: Any) -> int:
-        self.messages += [event["message"] for event in events]
         return int(events[-1]["seq"])
 
-    async def transition(self, to: str, **_: Any) -> None:
-        self.said.append(to)
+    async def transition(self, to: str, error: Any = None, **_: Any) -> None:
+        self.said.append((to, error and error["code"]))
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("error", "state", "code"),
     [
-        (WorkerError("rank 1 died.", code="worker_died"), 1, []),  # a new attempt may do better
-        (WorkerError("rank 1 raised ValueError."), 0, ["failed"]),
-        (OSError(errno.ENOSPC, "No space left on device"), 0, ["paused"]),  # goes on when there is space
-        (StorageError("no room for a checkpoint.", code="disk_full"), 0, ["paused"]),
-        (StorageError("the checkpoint is damaged."), 0, ["failed"]),
+        # A new attempt may do better.
+        (WorkerError("rank 1 died.", code="worker_died"), "recovering", "worker_died"),
+        (WorkerError("rank 1 raised ValueError."), "recovering", "worker_failed"),
+        (WorkerError("no room.", code="no_resources"), "recovering", "no_resources"),
+        (ServiceError("away.", code="unreachable", http_status=503), "recovering", "unreachable"),
+        (TimeoutError("a collective"), "recovering", "internal_error"),
+        (RayError("the cluster is gone"), "recovering", "internal_error"),
+        (ZeroDivisionError("ours"), "recovering", "internal_error"),
+        # It goes on when there is space.
+        (OSError(errno.ENOSPC, "No space left on device"), "paused", "disk_full"),
+        (StorageError("no room for a checkpoint.", code="disk_full"), "paused", "disk_full"),
+        # A new attempt would come to the same end.
+        (StorageError("the checkpoint is damaged."), "failed", "storage"),
+        (StorageError("a node is blind.", code="storage_not_shared"), "failed", "storage_not_shared"),
+        (ConfigError("no experts to adapt."), "failed", "invalid_config"),
+        (DataError("an empty completion.", code="empty_completion"), "failed", "empty_completion"),
+        (ModelError("no tokenizer.", code="no_tokenizer"), "failed", "no_tokenizer"),
+        (NumericsError("the loss is nan."), "failed", "numerics"),
+        (RoutingError("other experts."), "failed", "routing"),
+        (GraderError("half have no grade."), "failed", "grader_failing"),
     ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-async def test_a_worker_that_died_ends_the_attempt_and_not_the_job(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, status: int, said: list[str]
+async def test_only_what_would_come_again_fails_the_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, state: str, code: str
 ) -> None:
     async def work(*_: Any) -> None:
         raise error
@@ -125,9 +150,32 @@ async def test_a_worker_that_died_ends_the_attempt_and_not_the_job(
     home, service = Home(tmp_path), Listening()
     home.attempt("ftjob-1", 1).mkdir(parents=True)
     client: Any = service
-    assert await drive._drive(client, home, "ftjob-1", 1, TOLD) == status
-    assert service.said == said
-    assert bool(service.messages) == (status == 1)
+    assert await drive._drive(client, home, "ftjob-1", 1, TOLD) == 0
+    assert service.said == [(state, code)]
+
+
+async def test_giving_up_is_said_once_more_where_the_answer_was_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first time voids the fence, so the second is refused: the driver has been heard, and ends well."""
+
+    class Deaf(Listening):
+        async def transition(self, to: str, error: Any = None, **_: Any) -> None:
+            await super().transition(to, error)
+            lost = len(self.said) == 1
+            code, status = ("unreachable", 503) if lost else ("stale_fence", 403)
+            raise ServiceError("no.", code=code, http_status=status)
+
+    async def work(*_: Any) -> None:
+        raise WorkerError("rank 1 died.", code="worker_died")
+
+    monkeypatch.setattr(drive, "_work", work)
+    monkeypatch.setattr(http_sink, "RETRY_S", 0.01)
+    home, service = Home(tmp_path), Deaf()
+    home.attempt("ftjob-1", 1).mkdir(parents=True)
+    client: Any = service
+    assert await drive._drive(client, home, "ftjob-1", 1, TOLD) == 0
+    assert service.said == [("recovering", "worker_died")] * 2
 
 
 async def test_an_attempt_that_had_nothing_left_to_train_says_that_it_runs_before_it_succeeds(
@@ -139,4 +187,4 @@ async def test_an_attempt_that_had_nothing_left_to_train_says_that_it_runs_befor
     outcome = SimpleNamespace(ended="run", state=SimpleNamespace(trained_tokens=1))
     result: Any = SimpleNamespace(outcome=outcome, model_path=Path("/m"), result_files=[], picked={})
     await drive._conclude(sink, result)
-    assert service.said == ["running", "succeeded"]
+    assert service.said == [("running", None), ("succeeded", None)]

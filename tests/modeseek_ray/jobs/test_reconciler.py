@@ -215,6 +215,34 @@ async def test_three_attempts_without_a_new_step_are_enough(scene: Scene, helper
     assert job.error is not None and job.error["code"] == "attempts_exhausted"
 
 
+async def give_up(scene: Scene, code: str) -> None:
+    """One attempt whose driver says why it cannot go on."""
+    scene.store.drivers.give_up(scene.bearer(), {"code": code, "message": "what it said."})
+    await scene.passes(3)
+
+
+async def test_a_job_waits_for_room_as_long_as_it_takes(scene: Scene, helpers: Any) -> None:
+    """Nothing was tried where the cluster had no room; what was tried and lost is counted."""
+    helpers.queue(scene.store)
+    await scene.passes()
+    for _ in range(5):
+        await give_up(scene, "no_resources")
+    job = scene.store.jobs.get("ftjob-one")
+    assert (job.state, job.attempt, job.fruitless_attempts) == ("starting", 6, 0)
+    said = [event.message for event in scene.store.jobs.events_after("ftjob-one", 0)]
+    assert "Attempt 5 was lost: no_resources: what it said." in said
+    await give_up(scene, "worker_died")
+    await give_up(scene, "no_resources")
+    await give_up(scene, "worker_failed")
+    assert scene.state() == "starting"
+    await give_up(scene, "internal_error")
+    job = scene.store.jobs.get("ftjob-one")
+    assert job.state == "failed" and job.error is not None
+    assert (
+        job.error["code"] == "attempts_exhausted" and "internal_error: what it said." in job.error["message"]
+    )
+
+
 async def test_progress_gives_three_more_attempts(scene: Scene, helpers: Any) -> None:
     helpers.queue(scene.store)
     await scene.passes()

@@ -200,8 +200,13 @@ def test_the_same_key_makes_one_job_even_at_once(store: Store, helpers: Any) -> 
 
 def test_a_stale_fence_or_a_wrong_token_is_refused(store: Store, helpers: Any) -> None:
     job, bearer = helpers.start(store)
-    with pytest.raises(TokenError):
-        store.drivers.heartbeat(Bearer(job.id, 1, 1, "guess"), Progress())
+    for unknown in (
+        Bearer(job.id, 1, 1, "guess"),
+        Bearer("none", 1, 1, "token"),
+        Bearer(job.id, 2, 1, "token"),
+    ):
+        with pytest.raises(TokenError, match=r"^the attempt's token is wrong\. This driver must stop\.$"):
+            store.drivers.heartbeat(unknown, Progress())
     store.attempts.lose(store.jobs.get(job.id), "gone")
     with pytest.raises(StaleFenceError):
         store.drivers.heartbeat(bearer, Progress())
@@ -212,6 +217,8 @@ def test_a_stale_fence_or_a_wrong_token_is_refused(store: Store, helpers: Any) -
         store.drivers.append_events(bearer, [EventDraft("old", attempt_sequence=1)])
     with pytest.raises(StaleFenceError):
         store.drivers.heartbeat(Bearer(job.id, 1, 3, "token"), Progress())
+    with pytest.raises(StaleFenceError):
+        store.drivers.give_up(bearer, {"code": "worker_died", "message": "rank 0"})
     with pytest.raises(StaleFenceError):
         store.drivers.heartbeat(Bearer(job.id, 2, 2, "second"), Progress())
     assert store.drivers.heartbeat(Bearer(job.id, 2, 3, "second"), Progress())[0] == "run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -256,13 +257,28 @@ def test_drivers_are_believed_for_their_own_attempt_only(service: Any) -> None:
 
     assert refused(driver(token="guess").heartbeat({})) == (401, "invalid_api_key")
     assert refused(driver(fence=0).heartbeat({})) == (403, "stale_fence")
-    assert refused(driver(attempt=2).heartbeat({})) == (403, "stale_fence")
-    assert refused(driver(job_id="ftjob-none").heartbeat({})) == (403, "stale_fence")
+    # Whoever has no token is told one thing, whatever there is: by every route, before anything is looked up.
+    results = {"fine_tuned_model_path": "/etc"}
+    calls: list[Callable[[AttemptClient], Any]] = [
+        lambda stranger: stranger.heartbeat({}),
+        lambda stranger: stranger.spec(),
+        lambda stranger: stranger.events([]),
+        lambda stranger: stranger.checkpoint(1, "/etc", {}),
+        lambda stranger: stranger.prune("/etc"),
+        lambda stranger: stranger.transition("succeeded", results=results),
+        lambda stranger: stranger.transition("recovering"),
+    ]
+    for wrong in ({"token": "guess"}, {"attempt": 2}, {"job_id": "ftjob-none"}):
+        for call in calls:
+            assert refused(call(driver(**wrong))) == (401, "invalid_api_key")
     assert refused(driver().transition("queued")) == (400, "illegal_transition")
     assert refused(driver().transition("succeeded")) == (400, "illegal_transition")  # it never ran
     assert refused(driver().checkpoint(1, "/etc", {})) == (400, "invalid_request")
     assert refused(driver().transition("running", results={"result_files": ["/etc/passwd"]}))[0] == 400
     assert asyncio.run(driver().heartbeat({"step": 1})) == "run"
+    asyncio.run(driver().transition("recovering", error={"code": "no_resources", "message": "no room."}))
+    assert refused(driver().heartbeat({})) == (403, "stale_fence")
+    assert service.store.jobs.get(job_id).fruitless_attempts == 0
     with service.client() as client:
         client.cancel(job_id)
         client.wait(job_id, timeout_s=10, poll_s=0.05)

@@ -7,11 +7,18 @@ import io
 import json
 import logging
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from actors.journal import CallbackSink, ResultJournal
 from modeseek_ray.jobs.structured_logs import JsonLines, PlainLines, _note, about
+from modeseek_ray.types import Evidence, Group, Handle, StepReport
+from modeseek_ray.weights import Weighting, weigh
 
 
 def figures(service: Any) -> dict[str, float]:
@@ -25,14 +32,33 @@ def figures(service: Any) -> dict[str, float]:
     }
 
 
-def test_a_drivers_steps_become_figures(start_service: Any) -> None:
+async def metrics_event(results: Path) -> dict[str, Any]:
+    """What a driver's journal says of a step that followed a sync of 0.7 s."""
+    events: list[Any] = []
+    journal = ResultJournal(results, CallbackSink(events.append))
+    seconds = {"score": 0.1, "forward": 0.2, "backward": 0.3, "optimizer": 0.05, "total": 1.0}
+    figures = {"sync.seconds": 0.7}  # as `Driver._sync` names it
+    report = StepReport(
+        step=0, loss=1.0, nll=1.0, accuracy=0.5, grad_norm=1.0, learning_rate=1e-5, num_tokens=500,
+        seconds=seconds, figures=figures,
+    )  # fmt: skip
+    rows_N = np.arange(2)
+    group = Group(0, rows_N, num_tokens_N=rows_N + 250, length_N=rows_N + 250, payload=Handle([], rows_N))
+    weights = weigh(Evidence.of([group]), Weighting())
+    await journal.record(1, [group], replace(weights, ess_ratio=0.45), report, 2)
+    journal.close()
+    return dict(next(event for event in events if event["type"] == "metrics"))
+
+
+def test_a_drivers_steps_become_figures(start_service: Any, tmp_path: Path) -> None:
     service = start_service()
     job_id = service.submit()
     driver = service.driver(job_id)
 
+    written = asyncio.run(metrics_event(tmp_path))
+
     def step(seq: int, **data: Any) -> dict[str, Any]:
-        figures = {"loss": 1.0, "num_tokens": 500, "ess_ratio": 0.45, "seconds_sync": 0.7, **data}
-        return {"seq": seq, "type": "metrics", "message": "", "created_at": time.time() - 3, "data": figures}
+        return {**written, "seq": seq, "created_at": time.time() - 3, "data": {**written["data"], **data}}
 
     async def report() -> None:
         await driver.heartbeat({"step": 2, "tokens_per_s": 250.0})
@@ -48,7 +74,8 @@ def test_a_drivers_steps_become_figures(start_service: Any) -> None:
     assert seen["modeseek_steps_total"] == 2
     assert seen["modeseek_trained_tokens_total"] == 500
     assert (seen["modeseek_ess_ratio_count"], seen["modeseek_ess_ratio_sum"]) == (1, 0.45)
-    assert seen["modeseek_step_part_seconds_sum|sync"] == 1.4
+    parts = {"score": 0.2, "forward": 0.4, "backward": 0.6, "optimizer": 0.1, "sync": 1.4, "total": 2.0}
+    assert {part: seen[f"modeseek_step_part_seconds_sum|{part}"] for part in parts} == pytest.approx(parts)
     assert 3 <= seen["modeseek_event_lag_seconds_sum"] / seen["modeseek_event_lag_seconds_count"] < 10
 
 
