@@ -26,7 +26,12 @@ def save(store: CheckpointStore, step: int, attempt: int = 1, content: bytes = b
     directory = store.begin(step, attempt)
     (directory / "zero").mkdir()
     (directory / "zero" / "shard.pt").write_bytes(content)
-    finished = store.finish(directory, {"step": step})
+    return seal(store, directory, step=step)
+
+
+def seal(store: CheckpointStore, directory: Path, **state: int) -> Path:
+    """As `Saver` does, without a store that lists checkpoints."""
+    finished = store.finish(directory, state)
     store.remove(store.surplus())
     return finished
 
@@ -132,8 +137,7 @@ def test_a_crash_while_finishing_loses_nothing(
         if crash_at == 3:
             patch.setattr(os, "fsync", fsync)
         with pytest.raises(KeyboardInterrupt):
-            store.finish(directory, {})
-            store.remove(store.surplus())
+            seal(store, directory)
     latest = store.latest()
     assert latest is not None
     assert latest.name == ("step-3.a1" if crash_at == 2 else "step-2.a1")
