@@ -459,11 +459,22 @@ def limit_tenant(
 def demo(
     home: HomeDir = None,
     keep: Annotated[bool, typer.Option(help="Leave the service running afterwards.")] = False,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option(help="Run the online job alone, once for each seed, and see how far its reward rises."),
+    ] = None,
+    more_seeds: Annotated[list[int] | None, typer.Argument(hidden=True)] = None,
 ) -> None:
-    """From nothing to a comparison: a service, two real jobs over HTTP on the MoE playground model, a report."""
+    """From nothing to a comparison: a service, three real jobs over HTTP on the MoE playground model, a report.
+
+    `--seeds 0 1 2` runs the online job with each of these seeds instead. The exit code is 1 where a job failed,
+    ended below .8 on the new task, or (with seeds) rose by less than .2 in mean reward.
+    """
     from actors.commands.demo import demo as run_demo
 
-    raise typer.Exit(run_demo(_home(home), keep=keep))
+    if more_seeds and not seeds:
+        raise typer.BadParameter(f"{more_seeds[0]} belongs to no option; did you mean --seeds?")
+    raise typer.Exit(run_demo(_home(home), keep=keep, seeds=[*(seeds or ()), *(more_seeds or ())]))
 
 
 @app.command(hidden=True)

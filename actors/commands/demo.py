@@ -2,7 +2,7 @@
 
 A service of its own with Ray under it; on the playground's MoE model plain SFT, a weighted job with
 the same budget, and an online job that learns from graded attempts of its own; a table, and a report
-that compares them.
+that compares them. With seeds, the online job alone, once for each of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,14 @@ from modeseek_ray.config import JobConfig, parse_config
 from modeseek_ray.errors import WorkerError
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.playground import data_files
-from modeseek_ray.reports import summarize, write_comparison
+from modeseek_ray.reports import JobSummary, summarize, write_comparison
 from modeseek_ray.reports.results import read_metrics
+from modeseek_ray.types import FloatArray
 
 MODEL = "playground/moe"
 START_DEADLINE_S = 180.0
+LEARNT = 0.8  # accuracy on the new task that each job has to end with
+LEAST_RISE = 0.2  # of the mean reward, from the first two rounds to the last five
 # The same budget for both offline jobs; only the weighting differs.
 TRAINING = {
     "epochs": 2,
@@ -73,33 +76,86 @@ ONLINE: dict[str, Any] = {
 JOBS = {**OFFLINE, "online": ONLINE}
 
 
-def demo(home: Home, *, keep: bool) -> int:
-    """Run it. Returns the exit code: 0 = both jobs succeeded."""
+def demo(home: Home, *, keep: bool, seeds: Sequence[int] = ()) -> int:
+    """Run it. Returns the exit code: 0 = every job succeeded and learnt what it was to learn."""
     from modeseek_ray.playground.build import build
 
     console = Console()
+    jobs = {f"online, seed {seed}": job("online", home, seed) for seed in seeds}
+    what = f"The online job over HTTP, with {len(jobs)} seeds"
+    if not jobs:
+        jobs = {name: job(name, home) for name in JOBS}
+        what = "Three jobs over HTTP: plain SFT, a weighted one with the same budget, an online one"
     console.rule("1. A small real model, made on this machine")
     console.print(f"{MODEL}: {build('moe', home.storage)}", highlight=False)
     with _service(home, console, keep=keep) as url, Client(url) as client:
-        console.rule("3. Three jobs over HTTP: plain SFT, a weighted one with the same budget, an online one")
-        ids = {name: _submit(client, home, name, console) for name in JOBS}
+        console.rule(f"3. {what}")
+        ids = {name: _submit(client, config, name, console) for name, config in jobs.items()}
         if not all([_follow(client, job_id, console) for job_id in ids.values()]):
             return 1
         console.rule("4. What was learnt, and what was forgotten")
-        results = [home.results(job_id) for job_id in ids.values()]
-        console.print(comparison([summarize(directory) for directory in results]))
-        console.print(
-            "sft and anchored learn from answers in four formats; online is shown questions of three letters alone"
-            " and learns from what its own attempts were worth.",
-            style="dim",
-        )
-        _print_rewards(results[list(ids).index("online")], console)
-        page = write_comparison(results, home.root / "demo.html")
+        results = {name: home.results(job_id) for name, job_id in ids.items()}
+        summaries = {name: summarize(directory) for name, directory in results.items()}
+        console.print(comparison(list(summaries.values())))
+        if not seeds:
+            console.print(
+                "sft and anchored learn from answers in four formats; online is shown questions of three letters"
+                " alone and learns from what its own attempts were worth.",
+                style="dim",
+            )
+        rewards = {name: rewards_of(results[name]) for name in results if name.startswith("online")}
+        for name, rewards_S in rewards.items():
+            console.print(f"{name}, {told(rewards_S)}", highlight=False)
+        page = write_comparison(list(results.values()), home.root / "demo.html")
         console.print(f"Report: {page}", highlight=False, soft_wrap=True)
-    return 0
+    missed = [*unlearnt(summaries), *(unrewarded(rewards) if seeds else [])]
+    for each in missed:
+        console.print(each, style="red", highlight=False)
+    return 1 if missed else 0
 
 
-def job(name: str, home: Home) -> JobConfig:
+def unlearnt(summaries: Mapping[str, JobSummary]) -> list[str]:
+    """A sentence for each job that ended below `LEARNT` on the new task, or did not measure it."""
+    found = []
+    for name, summary in summaries.items():
+        task = summary.new_task
+        if task is None or task.measure != "accuracy":
+            found.append(f"{name}: the new task was never solved, or not measured; .8 was wanted.")
+        elif task.after < LEARNT:
+            found.append(f"{name}: the new task ended at {task.after:.2f}, below {LEARNT:g}.")
+    return found
+
+
+def unrewarded(rewards: Mapping[str, FloatArray]) -> list[str]:
+    """A sentence for each job whose mean reward rose by less than `LEAST_RISE`."""
+    rises = {name: rise(rewards_S) for name, rewards_S in rewards.items()}
+    return [
+        f"{name}: the mean reward rose by {by:.2f}, less than {LEAST_RISE:g}."
+        for name, by in rises.items()
+        if not by >= LEAST_RISE  # not a number, where there were no rounds
+    ]
+
+
+def rise(rewards_S: FloatArray) -> float:
+    """Mean reward of the last five rounds minus that of the first two; NaN with fewer than seven."""
+    return float(rewards_S[-5:].mean() - rewards_S[:2].mean()) if len(rewards_S) >= 7 else float("nan")
+
+
+def rewards_of(results: Path) -> FloatArray:
+    """The mean reward of each round."""
+    return read_metrics(results).known("rollout.reward")[1]
+
+
+def told(rewards_S: FloatArray) -> str:
+    """How the mean reward of the rounds rose."""
+    first, last = float(rewards_S[:2].mean()), float(rewards_S[-5:].mean())
+    return (
+        f"mean reward: {first:.2f} in the first two rounds, {last:.2f} in the last five, a rise of"
+        f" {rise(rewards_S):.2f}  {sparkline(list(rewards_S), 40)}"
+    )
+
+
+def job(name: str, home: Home, seed: int = 0) -> JobConfig:
     """One of the demo's jobs, with its files as paths."""
     files = data_files(home.storage)
     training, validation = ("new-task.prompts", "new-task.prompts-valid")
@@ -112,25 +168,15 @@ def job(name: str, home: Home) -> JobConfig:
             "validation_file": str(files[validation]),
             "retention_file": str(files["old-tasks.retention"]),
             "method": JOBS[name],
-            "suffix": name,
+            "suffix": name if seed == 0 else f"{name}-{seed}",
+            "seed": seed,
             "resources": {"trainers": 2, "zero_stage": 2},
         }
     )
 
 
-def _print_rewards(results: Path, console: Console) -> None:
-    """How the mean reward of the online job's rounds rose."""
-    rewards_S = read_metrics(results).known("rollout.reward")[1]
-    first, last = float(rewards_S[:2].mean()), float(rewards_S[-5:].mean())
-    console.print(
-        f"online, mean reward: {first:.2f} in the first two rounds, {last:.2f} in the last five"
-        f"  {sparkline(list(rewards_S), 40)}",
-        highlight=False,
-    )
-
-
-def _submit(client: Client, home: Home, name: str, console: Console) -> str:
-    job_id: str = client.submit_files(job(name, home))["id"]
+def _submit(client: Client, config: JobConfig, name: str, console: Console) -> str:
+    job_id: str = client.submit_files(config)["id"]
     console.print(f"{name}: {job_id}", highlight=False)
     return job_id
 
