@@ -31,8 +31,9 @@ setup-dev:
 demo: setup  ## Three real jobs over HTTP on this machine: plain SFT, weighted, online; then a table and a report
 	@.venv/bin/modeseek demo
 
+# `check` has run tests/deploy by then.
 test: check playground  ## Everything: environment, checks, small models (cached), every test
-	@$(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS)
+	@$(PYTHON_VENV) -m pytest --durations=15 $(if $(PYTEST_ARGS),$(PYTEST_ARGS),--ignore=tests/deploy)
 
 test-page: setup-dev  ## The web page in a real browser; needs a Chromium (apt install chromium, or MODESEEK_CHROMIUM=)
 	@MODESEEK_PAGE_TESTS=required $(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS) tests/modeseek_ray/service/browser
@@ -47,12 +48,11 @@ fuzz: setup-dev  ## Parsers (over 10^5 inputs), the store, and every route, at l
 	@MODESEEK_FUZZ=1 $(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS) tests/modeseek_ray/test_fuzz.py \
 	  tests/modeseek_ray/jobs/test_store_machine.py tests/modeseek_ray/service/test_openapi.py
 
-check: setup-dev  ## Lint, formatting and types; Dockerfiles and compose
+check: setup-dev  ## Lint, formatting, types; every file of deploy/ by its offline checker
 	@echo "check: ruff" && .venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@echo "check: mypy" && .venv/bin/mypy
-	@echo "check: deploy/" && .venv/bin/hadolint deploy/docker/*.Dockerfile
-	@.venv/bin/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml
+	@echo "check: deploy/" && $(PYTHON_VENV) -m pytest -q tests/deploy
 
 format: setup-dev  ## Put the code into shape: ruff's safe fixes, then its formatter
 	@.venv/bin/ruff check --fix .

@@ -187,7 +187,8 @@ class OnlineMethod(Weighting):
     clip: Clip | Auto | None = "auto"
     """What becomes of stale token ratios; "auto" is ppo where a batch takes several steps or may be stale."""
     mismatch: MismatchSection | None = None
-    """Correct for the difference between trainer and engine."""
+    """Correct for the difference between trainer and engine. Without it, samples on which the two differ by more
+    than their dtypes explain stop the job (`numerics`)."""
     routing_replay: Literal["R0", "R2", "R3"] | None = None
     """MoE: train under the routes the sampler took (R3), or the trainer took when the round began (R2). R0 trains
     live and scores the policy under the experts the frozen start asks, for a ratio to the start."""

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import promql_parser
 import pytest
 import typer.main
 import yaml
@@ -31,6 +32,7 @@ from modeseek_ray.service.metrics import Metrics
 from modeseek_ray.service.notify import Notifier
 from modeseek_ray.weights import needs
 from tests.deploy.chart import plain_objects, pods
+from tests.deploy.units import problems
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -151,6 +153,7 @@ def unit(path: Path) -> configparser.ConfigParser:
 
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
 def test_systemd_units_are_complete_and_where_systemd_is_it_agrees(path: Path, tmp_path: Path) -> None:
+    assert problems(path.read_text()) == []
     found = unit(path)
     assert set(found.sections()) == {"Unit", "Service", "Install"}
     assert found["Service"]["User"] == "modeseek"
@@ -159,6 +162,23 @@ def test_systemd_units_are_complete_and_where_systemd_is_it_agrees(path: Path, t
         copy = tmp_path / path.name
         copy.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/sh", path.read_text(), flags=re.MULTILINE))
         checked("systemd-analyze", "verify", "--man=no", copy)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "said"),
+    [
+        ("Restart=always", "Restrat=always", "no key 'Restrat'"),
+        ("Restart=always", "Restart=forever", "Restart cannot be 'forever'"),
+        ("NoNewPrivileges=yes", "NoNewPrivileges=maybe", "cannot be 'maybe'"),
+        ("[Install]", "[Instal]", "no section [Instal]"),
+        ("ExecStart=/opt", "ExecStart=opt", "ExecStart cannot be"),
+        ("ExecStart=", "# ExecStart=", "[Service] lacks ExecStart"),
+    ],
+)
+def test_a_unit_that_systemd_would_not_take_is_found_without_it(good: str, bad: str, said: str) -> None:
+    text = (DEPLOY / "systemd" / "modeseek-ray-worker.service").read_text()
+    assert good in text
+    assert said in "; ".join(problems(text.replace(good, bad)))
 
 
 # Monitoring
@@ -195,6 +215,21 @@ def test_every_metric_that_is_asked_for_exists(tmp_path: Path) -> None:
     assert states <= set(TRANSITIONS)
 
 
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("sum(modeseek_jobs", "unclosed left parenthesis"),
+        ("rate(modeseek_jobs)", "expected type matrix"),
+        ("sum by (rate(modeseek_jobs[5m])", "unclosed left parenthesis"),
+        ("modeseek_jobs[5x]", "duration"),
+        ("topk(a)", "argument"),
+    ],
+)
+def test_an_expression_that_prometheus_would_refuse_is_found(broken: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        promql_parser.parse(broken)
+
+
 def test_rules_and_dashboard_are_well_formed() -> None:
     rules = yaml.safe_load((DEPLOY / "monitoring" / "rules.yml").read_text())
     for rule in (rule for group in rules["groups"] for rule in group["rules"]):
@@ -202,7 +237,7 @@ def test_rules_and_dashboard_are_well_formed() -> None:
         assert set(rule["annotations"]) == {"summary", "description"}
         assert re.fullmatch(r"\d+[mh]", rule["for"])
     for expression in expressions():
-        assert all(expression.count(a) == expression.count(b) for a, b in ("()", "{}", "[]")), expression
+        promql_parser.parse(expression)  # raises; Prometheus' own grammar, without Prometheus
     panels = json.loads((DEPLOY / "monitoring" / "grafana" / "dashboard.json").read_text())["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
