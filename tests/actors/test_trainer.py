@@ -6,16 +6,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from modeseek_ray.config import Training
-from modeseek_ray.types import Objective, Sample
+from modeseek_ray.types import Evidence, Objective, Sample
+from modeseek_ray.weights import Weighting, weigh
 from tests.actors import ranks as inside
-from tests.actors.ranks import Start, plan_for, relative_difference
+from tests.actors.ranks import Start, Trainer, plan_for, relative_difference
 
+LONG = Sample(row=90, token_ids_T=np.arange(5, 85, dtype=np.int32), trained_T=np.arange(80) >= 9)
+GAMMAS: tuple[Any, ...] = (0.0, 0.5, {"ess": {"floor": 0.7, "max": 2.0, "warmup": 0.0}})
 WEIGHTS = np.array([2.0, 0.0, 0.5, 1.0, 1.5, 0.25, 1.75, 1.0])
 
 
@@ -76,6 +80,24 @@ def plain_loop(
     return losses, {n: p.detach().numpy() for n, p in model.named_parameters()}
 
 
+def step(
+    trainer: Trainer, batch: list[Sample], gamma: Any
+) -> tuple[np.ndarray, float, float, dict[str, np.ndarray]]:
+    """The weights of the batch's own scores, loss, gradient norm and gradient; a rate of 0 moves nothing.
+
+    The start is a made-up one, from which every sample is another distance away.
+    """
+    num_tokens_N = np.array([s.num_tokens for s in batch])
+    drift_N = np.random.default_rng(len(batch)).normal(size=len(batch))
+    weighting = Weighting.model_validate({"likelihood": {"scheme": "ratio_power", "gamma": gamma}})
+    evidence = Evidence(trainer.score(batch), num_tokens_N * (drift_N - 5.3), num_tokens_N)
+    weights = weigh(evidence, weighting, progress=0.5)
+    assert weights.bound_by == ("ess" if isinstance(gamma, dict) else "fixed")
+    reports = trainer.step(batch, plan_for(batch, weights.values_N, rate=0.0))
+    gradient = trainer.inside(inside.captured_gradients)[0]
+    return weights.values_N, sum(r.loss for r in reports), reports[0].grad_norm, gradient
+
+
 class TestLayouts:
     """The same global batch, cut differently, is the same step."""
 
@@ -83,8 +105,8 @@ class TestLayouts:
     def test_one_rank_equals_two_with_accumulation(
         self, start: Start, samples: list[Sample], aggregation: str
     ) -> None:
-        plan = plan_for(samples, WEIGHTS)
-        objective = Objective(aggregation=aggregation)  # type: ignore[arg-type]
+        """Scored, weighed and stepped on each layout: equal numbers of micro-batches, then one against two."""
+        batches = [samples, [LONG, *(s for s in samples if s.length < 13)]]
         seen = {}
         for name, world_size, zero_stage, per_micro_batch in [
             ("one", 1, 0, 8),
@@ -95,27 +117,32 @@ class TestLayouts:
                 world_size=world_size,
                 zero_stage=zero_stage,
                 micro_batch_size=per_micro_batch,
-                objective=objective,
+                objective=Objective(aggregation=aggregation),  # type: ignore[arg-type]
             )
             trainer.inside(inside.capture_gradients)
-            trainer.score(samples)
-            reports = trainer.step(samples, plan)
-            gradient = trainer.inside(inside.captured_gradients)[0]
-            seen[name] = (sum(r.loss for r in reports), reports[0].grad_norm, gradient)
-        loss, norm, gradient = seen.pop("one")
-        for other_loss, other_norm, other in seen.values():
-            assert other_loss == pytest.approx(loss, rel=1e-6)
-            assert other_norm == pytest.approx(norm, rel=1e-6)
-            assert relative_difference(gradient, other) < 1e-6
+            seen[name] = [step(trainer, batch, gamma) for batch in batches for gamma in GAMMAS]
+            if world_size == 2:
+                counts = [sorted(-(-len(share) // 2) for share in trainer.split(batch)) for batch in batches]
+                assert counts == [[2, 2], [1, 2]]
+        expected = seen.pop("one")
+        for values_N, _, _, _ in expected[0::3]:
+            assert (values_N == 1).all()  # gamma 0
+        for values_N, _, _, _ in [*expected[1::3], *expected[2::3]]:
+            assert values_N.std() > 0.2
+        for others in seen.values():
+            for (values_N, loss, norm, gradient), other in zip(expected, others, strict=True):
+                np.testing.assert_allclose(other[0], values_N, rtol=1e-6)
+                assert other[1] == pytest.approx(loss, rel=1e-6)
+                assert other[2] == pytest.approx(norm, rel=1e-6)
+                assert relative_difference(gradient, other[3]) < 1e-6
 
     @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
     def test_unequal_numbers_of_micro_batches(
         self, start: Start, samples: list[Sample], zero_stage: int
     ) -> None:
         """One long sample against six short ones, then a batch that leaves a rank with nothing."""
-        long = Sample(row=90, token_ids_T=np.arange(5, 85, dtype=np.int32), trained_T=np.arange(80) >= 9)
         short = [s for s in samples if s.length < 13]
-        for batch in ([long, *short], [samples[0]]):
+        for batch in ([LONG, *short], [samples[0]]):
             values_N = WEIGHTS[: len(batch)]
             alone = start(micro_batch_size=None)
             expected = alone.loss(batch, plan_for(batch, values_N))
