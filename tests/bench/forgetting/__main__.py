@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[3]
-PIECES = ("standard", "rewards", "far", "noisy", "lengths")
-FOLLOWING = ("far", "noisy", "lengths")  # take over the trials selected in `standard`
+PIECES = ("standard", "long", "rewards", "far", "noisy", "lengths")
 # The reduced set: what the headline is about, on one report base.
 SMALL_METHODS = ("sft", "mode_seeking", "anchored", "flow", "dft")
 SMALL_VALIDATION, SMALL_REPORT = (1, 0), (5, 1)
@@ -101,9 +100,9 @@ def _do(
     from tests.bench.forgetting import study
 
     store = store_of(options.home)
-    source = "standard" if piece in FOLLOWING else piece
+    source = study.source_of(piece)
     chosen_on = [unit for unit in study.VALIDATION if not units or unit in units]
-    if piece not in FOLLOWING and chosen_on:
+    if piece not in study.FOLLOWING and chosen_on:
         jobs = list(study.validation_jobs(options.arch, piece, options.trials, chosen_on))
         if not work(_chosen(options, jobs, methods), store, options, deadline, f"{piece}: validation"):
             return False
@@ -182,9 +181,9 @@ def show(options: argparse.Namespace) -> int:
 
     rows = store_of(options.home).rows()
     for piece in PIECES:
-        source = "standard" if piece in FOLLOWING else piece
+        source = study.source_of(piece)
         done = planned = 0
-        if piece not in FOLLOWING:
+        if piece not in study.FOLLOWING:
             keys = [job.key for job in study.validation_jobs(options.arch, piece, options.trials)]
             done, planned = sum(key in rows for key in keys), len(keys)
             print(f"{piece:9} validation {done}/{planned}")

@@ -17,8 +17,15 @@ import pyarrow.parquet as pq
 
 from modeseek_ray.retention import retention_at_success
 from tests.bench.forgetting.methods import baseline_of, methods_of
-from tests.bench.forgetting.study import TARGET, TRIALS, VALIDATION, retention_of, score_of
-from tests.bench.forgetting.train import STEPS
+from tests.bench.forgetting.study import (
+    TARGET,
+    TRIALS,
+    VALIDATION,
+    retention_of,
+    score_of,
+    source_of,
+    steps_of,
+)
 
 DRAWS = 10_000
 LEAST_TRIALS = 5  # all five learning rates; a method that had fewer is not in the tables
@@ -120,7 +127,7 @@ def seconds_per_step(runs: Iterable[Mapping[str, Any]], arch: str) -> dict[str, 
 
 def headline(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: Sequence[Unit]) -> list[Line]:
     """A line for each method: winners first, then by retention, those that did not always reach .9 last."""
-    source = "standard" if variant in ("far", "noisy", "lengths") else variant
+    source = source_of(variant)
     trials, _ = selected(runs, arch, source)
     cost = seconds_per_step(runs, arch)
     baseline = baseline_of(variant)
@@ -140,7 +147,7 @@ def headline(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: 
             at_target(r["path"], [row["text_nll"] - r["path"][0]["text_nll"] for row in r["path"]])
             for r in of_unit.values()
         ]
-        within = [_within(r, cost[name], cost[baseline] * STEPS) for r in of_unit.values()]
+        within = [_within(r, cost[name], cost[baseline] * steps_of(variant)) for r in of_unit.values()]
         known_text = [t for t in text if t is not None]
         known_within = [w for w in within if w is not None]
         control = methods_of(variant)[name].control
@@ -280,7 +287,7 @@ def kl_fits(runs: Sequence[Mapping[str, Any]], arch: str, variant: str) -> dict[
 
 def units_of(runs: Sequence[Mapping[str, Any]], arch: str, variant: str) -> list[Unit]:
     """Report units in which every method was run that was run in any: whole comparisons alone are reported."""
-    source = "standard" if variant in ("far", "noisy", "lengths") else variant
+    source = source_of(variant)
     trials, _ = selected(runs, arch, source)
     seen: dict[Unit, set[str]] = {}
     for run in paths(runs, arch, variant, validation=False):

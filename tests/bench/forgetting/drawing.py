@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from tests.bench.forgetting.analysis import Unit, at_target, fit, headline, paths, seconds_per_step, selected
 from tests.bench.forgetting.methods import methods_of
-from tests.bench.forgetting.study import TARGET, retention_of
+from tests.bench.forgetting.study import TARGET, retention_of, source_of
 
 CAPTIONS = {
     "fronts": "Old tasks kept against the new one learnt, along the path of each method's selected trial: mean over"
@@ -66,7 +66,7 @@ def _chosen(
     runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: Sequence[Unit]
 ) -> dict[str, list[Mapping[str, Any]]]:
     """Report runs of the selected trials, by method."""
-    source = "standard" if variant in ("far", "noisy", "lengths") else variant
+    source = source_of(variant)
     trials, _ = selected(runs, arch, source)
     found: dict[str, list[Mapping[str, Any]]] = {}
     for run in paths(runs, arch, variant, validation=False):

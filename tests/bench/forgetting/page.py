@@ -23,10 +23,11 @@ from tests.bench.forgetting.analysis import (
     write_results,
 )
 from tests.bench.forgetting.methods import baseline_of, methods_of
-from tests.bench.forgetting.study import REPORT, Store, report_jobs, select
+from tests.bench.forgetting.study import REPORT, Store, report_jobs, select, source_of
 
 TITLES = {
     "standard": "Near, middle and far right answers",
+    "long": "The same, trained twice as long",
     "rewards": "Sampled answers with rewards",
     "far": "Only far answers are right",
     "noisy": "A tenth of the labels is wrong",
@@ -169,7 +170,7 @@ def _about(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _coverage(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: Sequence[Unit]) -> str:
-    source = "standard" if variant in ("far", "noisy", "lengths") else variant
+    source = source_of(variant)
     trials, common = selected(runs, arch, source)
     ran = {r["method"] for r in runs if r["variant"] == variant and not r["is_validation"]}
     missing = [name for name in methods_of(variant) if name not in trials or name not in ran]

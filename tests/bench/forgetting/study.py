@@ -29,6 +29,9 @@ from tests.bench.forgetting.sampling import sample_answers
 from tests.bench.forgetting.train import STEPS, Learner, Rows, Run, Setting, summed_log_probs, with_median
 
 EVALUATE_AT = (5, 10, 15, 20, 26, 32, 40, 50, 65, 80, 100, 120)
+LONG = "long"  # the piece `standard` with its selected trials, trained twice as long
+LONG_STEPS, LONG_EVALUATE_AT = 2 * STEPS, (*EVALUATE_AT, 140, 160, 180, 200, 220, 240)
+FOLLOWING = (LONG, "far", "noisy", "lengths")  # pieces that take over the trials selected in `standard`
 TARGET, LEARNT = 0.9, 0.95
 VALIDATION = ((1, 0), (2, 0))  # base seed, data seed
 REPORT = tuple((base, data) for data in (1, 2) for base in (5, 6, 7, 8, 9))
@@ -69,7 +72,7 @@ class Job:
             "unit": self.unit,
             "setting": asdict(self.setting),
             "recipe": asdict(recipe_of(self.arch, self.base_seed)),
-            "evaluate_at": EVALUATE_AT,
+            "evaluate_at": evaluate_at(self.variant),
             "checkpoint": asdict(CHECKPOINT) if self.setting.data_reference else None,
             "code": _code(),
         }
@@ -125,16 +128,16 @@ class Unit:
         self._with_data: Rows | None = None
         self.checkpoint_cpu_s = 0.0
 
-    def run(self, setting: Setting, *, whole_path: bool, steps: int = STEPS) -> dict[str, Any]:
+    def run(self, setting: Setting, *, whole_path: bool) -> dict[str, Any]:
         """Train once and measure along the way: `path`, a row an evaluation, and processor times."""
         rows = self._rows_with_data() if setting.data_reference else self.rows
         setting = with_median(setting, rows)
-        learner = self._learner(setting)
+        learner, steps = self._learner(setting), steps_of(self._variant)
         run = Run(learner, setting, rows, seed=self.data_seed, steps=steps, rounds=self._rounds())
         started = time.process_time()
         path: Path_ = [{"step": 0, "cpu_s": 0.0, **self.probes.measure(learner.module)}]
         for done, _ in run.finished():
-            if done not in EVALUATE_AT:
+            if done not in evaluate_at(self._variant):
                 continue
             figures = {**self.probes.measure(learner.module), **run.course.take()}
             path.append({"step": done, "cpu_s": round(run.cpu_s, 3), **figures})
@@ -212,6 +215,21 @@ def report_jobs(
     for base_seed, data_seed in units:
         for name, trial in selected.items():
             yield Job(arch, variant, name, trial, base_seed, data_seed)
+
+
+def steps_of(variant: str) -> int:
+    """Optimizer steps of a run of this piece."""
+    return LONG_STEPS if variant == LONG else STEPS
+
+
+def evaluate_at(variant: str) -> tuple[int, ...]:
+    """After which of them it is measured."""
+    return LONG_EVALUATE_AT if variant == LONG else EVALUATE_AT
+
+
+def source_of(variant: str) -> str:
+    """The piece in which this one's trials are selected."""
+    return "standard" if variant in FOLLOWING else variant
 
 
 def score_of(paths: Sequence[Path_]) -> tuple[int, float]:
