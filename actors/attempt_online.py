@@ -18,6 +18,7 @@ from actors.pools import TrainerPool
 from actors.rollout_source import RolloutSource
 from actors.rollouts import RolloutStore
 from actors.scorers import ScorerPool
+from actors.transfers import MemoryTransfer, NcclTransfer, Transfer
 from actors.weight_sync import VerifiedChannel
 from modeseek_ray.config import JobConfig, OnlineMethod
 from modeseek_ray.data.auto import ResolvedTraining, resolve_training
@@ -68,6 +69,7 @@ class OnlineAttempt(Attempt):
                 trainer_dtype=self._config.resources.dtype,
                 sync_tokens=tokens_to_reach(self._model.num_experts),
                 # Under R0 the trainer scores by the start's experts, which are not those that wrote the sample.
+                transfer=await self._transfer(trainer, generator),
                 holds_samples=self._online.mismatch is None and self._online.routing_replay != "R0",
             )
             driver = await self._driver(plan, source, trainer, probes, reference=reference, channel=channel)
@@ -98,7 +100,8 @@ class OnlineAttempt(Attempt):
     async def _workers(self, grading: Grading) -> tuple[TrainerPool, GeneratorPool, ScorerPool | None]:
         """Places for all, then handles to all; nothing is loaded yet."""
         resources = self._config.resources
-        spec = generator_spec(self._config, str(self._spec.model_path), self._max_length)
+        changes = {} if self._placement.on_ray else {"transfer": "chunks"}  # one process needs no NCCL
+        spec = generator_spec(self._config, str(self._spec.model_path), self._max_length, **changes)
         scorers = resources.scorers if "initial" in needs(self._config.weighting) else 0
         await self._placement.reserve(
             trainers=resources.trainers,
@@ -114,6 +117,12 @@ class OnlineAttempt(Attempt):
                 self._scoring_spec(self._spec.model_path, with_routes=True), scorers
             )
         return trainer, await self._placement.generators(spec, resources.generators), reference
+
+    async def _transfer(self, trainer: TrainerPool, generator: GeneratorPool) -> Transfer:
+        """How weights will travel. Engines were told as they were placed."""
+        if generator.spec.transfer == "nccl":
+            return NcclTransfer(trainer, generator, *await self._placement.meeting())
+        return MemoryTransfer(trainer, generator)
 
     async def _start(self, generator: GeneratorPool, channel: VerifiedChannel) -> None:
         """Load the engines, and see that they agree with the trainer before anything is sampled."""
@@ -157,6 +166,7 @@ def generator_spec(config: JobConfig, model_path: str, max_length: int, **change
         "kv_cache_gib": None if resources.gpus_per_worker else resources.kv_cache_gib,
         "tensor_parallel": resources.tensor_parallel,
         "expert_parallel": resources.expert_parallel,
+        "transfer": "nccl" if online is not None and resources.resolved_transfer == "nccl" else "chunks",
         "sleeps": resources.colocated and online is not None,
         "cpus_per_worker": resources.cpus_per_worker,
         "gpus_per_worker": resources.gpus_per_worker,

@@ -103,6 +103,7 @@ class RayPlacement:
         self._resources = resources
         self._groups: list[PlacementGroup] = []
         self._trainer_seats: list[Seat] = []
+        self._rank_0: Seat | None = None
         self._generator_seats: list[Seat] = []
         self._classifier_seats: list[Seat] = []
         self._scorer_seats: list[Seat] = []
@@ -146,10 +147,8 @@ class RayPlacement:
         seats, self._trainer_seats = self._trainer_seats[:count], self._trainer_seats[count:]
         remote_rank = ray.remote(TrainerRank)
         nodes = _nodes_of(seats)
-        address, port = await asyncio.wait_for(
-            ray.remote(free_address).options(num_cpus=0, scheduling_strategy=_in(seats[0])).remote(),
-            PLACEMENT_DEADLINE_S,
-        )
+        self._rank_0 = seats[0]
+        address, port = await self.meeting()
         ranks = [
             RayWorker(
                 remote_rank.options(  # type: ignore[attr-defined]
@@ -166,6 +165,14 @@ class RayPlacement:
             for rank in range(count)
         ]
         return TrainerPool(ranks, deal)
+
+    async def meeting(self) -> tuple[str, int]:
+        """Where processes can meet rank 0: its node's address, and a port that is free there."""
+        if self._rank_0 is None:
+            raise RuntimeError("place the trainers first")
+        place = ray.remote(free_address).options(num_cpus=0, scheduling_strategy=_in(self._rank_0))
+        found: tuple[str, int] = await asyncio.wait_for(place.remote(), PLACEMENT_DEADLINE_S)
+        return found
 
     async def generators(self, spec: GeneratorSpec, count: int) -> GeneratorPool:
         """Engines in the places `reserve` took for them. One that dies is started again in its place."""

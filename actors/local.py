@@ -111,6 +111,10 @@ class LocalPlacement:
     ) -> None:
         """Nothing to reserve in one process."""
 
+    async def meeting(self) -> tuple[str, int]:
+        """See `RayPlacement.meeting`."""
+        return "127.0.0.1", free_port()
+
     async def generators(self, spec: GeneratorSpec, count: int) -> GeneratorPool:
         """One engine. Set the trainer up before it: both share torch's process group in this process."""
         from actors.generator import GeneratorEngine

@@ -74,6 +74,10 @@ class Resources(Strict):
     colocated: bool = False
     """Put each engine on a trainer's GPU instead of one of its own: it sleeps, its weights in host memory, while
     the trainer works. Both then take fractions of the GPU (gpus_per_worker: 0.5)."""
+    weight_transfer: Literal["auto", "object_store", "nccl"] = "auto"
+    """How an online job's new weights reach the engines: through host memory (object_store), which works everywhere
+    and brings a restarted engine along, or from GPU to GPU (nccl), where an engine that dies costs the attempt.
+    "auto" is nccl where every trainer and engine has GPUs of its own."""
     kv_cache_gib: float = Field(1.0, gt=0, le=1024)
     """Host memory an engine on the CPU keeps for keys and values."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -106,6 +110,16 @@ class Resources(Strict):
             raise ValueError(
                 f"tensor_parallel {self.tensor_parallel} needs whole GPUs; set gpus_per_worker to 1"
             )
+        if self.weight_transfer == "nccl" and not self._apart:
+            why = (
+                "colocated puts a trainer and an engine on one GPU, which cannot be in one communicator twice"
+                if self.colocated
+                else f"gpus_per_worker {self.gpus_per_worker:g} gives no worker a GPU of its own"
+            )
+            raise ValueError(
+                f"weight_transfer nccl goes from GPU to GPU, and {why}; set gpus_per_worker to 1 without"
+                " colocated, or weight_transfer to auto"
+            )
         if self.colocated:
             if self.generators > self.trainers:
                 raise ValueError(
@@ -118,6 +132,18 @@ class Resources(Strict):
                     f" {self.gpus_per_worker:g}, set it to 0.5 or less"
                 )
         return self
+
+    @property
+    def _apart(self) -> bool:
+        """Whether no two workers share a GPU."""
+        return self.gpus_per_worker == 1 and not self.colocated
+
+    @property
+    def resolved_transfer(self) -> Literal["object_store", "nccl"]:
+        """`weight_transfer` without "auto"."""
+        if self.weight_transfer == "auto":
+            return "nccl" if self._apart else "object_store"
+        return self.weight_transfer
 
 
 class Integration(Strict):

@@ -57,6 +57,10 @@ def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = F
     if options.plan:
         scaled = _scale(config, model, data, options)
         console.print(show_scale(scaled))
+        if config.online is not None:
+            console.print(
+                f"New weights travel by {TRANSFERS[config.resources.resolved_transfer]}.", style="dim"
+            )
     no_look = why_no_look(config) if options.score else None
     if no_look is not None:
         found = replace(found, warnings=(*found.warnings, no_look))
@@ -75,6 +79,12 @@ def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = F
         json.dump(answer, sys.stdout, allow_nan=False, ensure_ascii=False, indent=1)
         sys.stdout.write("\n")
     return 0
+
+
+TRANSFERS = {
+    "object_store": "host memory (weight_transfer: object_store); an engine that dies is brought along",
+    "nccl": "NCCL from GPU to GPU (weight_transfer: nccl, not yet run); an engine that dies costs the attempt",
+}
 
 
 def _scale(config: JobConfig, model: Path, data: DataReport, options: LookOptions) -> Scale:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from actors.attempt_online import generator_spec
+from actors.attempt_online import OnlineAttempt, generator_spec
 from actors.bundles import layout_of
 from actors.generator import GeneratorSpec, Sampling
 from actors.generator_pool import GeneratorPool
+from actors.transfers import MemoryTransfer, NcclTransfer
 from actors.vllm_engine import arguments
 from modeseek_ray.config import JobConfig, Resources, Training, parse_config
 from modeseek_ray.errors import ConfigError
@@ -61,12 +64,52 @@ def test_colocated_engines_share_their_trainer_s_card() -> None:
         ({"tensor_parallel": 2, "gpus_per_worker": 0.5}, "needs whole GPUs"),
         ({"colocated": True, "generators": 2}, "need as many trainers"),
         ({"colocated": True, "gpus_per_worker": 1.0}, "set it to 0.5 or less"),
+        ({"weight_transfer": "nccl"}, "gpus_per_worker 0 gives no worker a GPU of its own; .* to auto"),
+        ({"weight_transfer": "nccl", "gpus_per_worker": 0.5}, "gpus_per_worker 0.5 gives no worker a GPU"),
+        (
+            {"weight_transfer": "nccl", "gpus_per_worker": 0.5, "colocated": True},
+            "cannot be in one communicator twice; .* weight_transfer to auto",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(resources: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said) as refused:
         online(**resources)
     assert refused.value.param == "resources"
+
+
+@pytest.mark.parametrize(
+    ("resources", "transfer"),
+    [
+        ({}, "chunks"),
+        ({"gpus_per_worker": 1.0}, "nccl"),
+        ({"gpus_per_worker": 1.0, "weight_transfer": "nccl"}, "nccl"),
+        ({"gpus_per_worker": 1.0, "weight_transfer": "object_store"}, "chunks"),
+        ({"gpus_per_worker": 0.5}, "chunks"),  # two of them may be given one card
+        ({"gpus_per_worker": 0.5, "colocated": True}, "chunks"),
+    ],
+)
+def test_weights_go_from_card_to_card_where_every_worker_has_its_own(
+    resources: dict[str, Any], transfer: str
+) -> None:
+    assert spec_of(online(**resources)).transfer == transfer
+
+
+@pytest.mark.parametrize(("transfer", "kind"), [("nccl", NcclTransfer), ("chunks", MemoryTransfer)])
+def test_an_attempt_takes_the_transfer_its_engines_were_told_of(transfer: str, kind: type) -> None:
+    """And rank 0's own address, for the group to meet at."""
+
+    class Placed:
+        async def meeting(self) -> tuple[str, int]:
+            return "10.0.0.7", 4321
+
+    attempt: Any = OnlineAttempt.__new__(OnlineAttempt)
+    attempt._placement = Placed()
+    pool = SimpleNamespace(spec=replace(spec_of(online()), transfer=transfer))
+    found = asyncio.run(attempt._transfer(SimpleNamespace(), pool))
+    assert type(found) is kind
+    if transfer == "nccl":
+        assert found._meeting == {"master_address": "10.0.0.7", "master_port": 4321}
 
 
 def test_sleeping_and_working_at_once_is_refused() -> None:
