@@ -19,6 +19,7 @@ from actors.driver import Driver, Outcome, Plan
 from actors.generator import GeneratorSpec
 from actors.generator_pool import GeneratorPool
 from actors.journal import ResultJournal
+from actors.origin import origin_of
 from actors.pools import TrainerPool
 from actors.reward_model import ClassifierPool, RewardModelSpec
 from actors.roles import Source
@@ -220,11 +221,14 @@ class Attempt:
             self._spec.directory / "checkpoints",
             plan.training.keep_checkpoints,
             expected_bytes=checkpoint_bytes(self._config, self._model),
+            origin=origin_of(self._config),
         )
         if self._spec.committed is not FROM_DISK:
             checkpoints.forget_uncommitted(self._spec.committed)
         latest = checkpoints.latest()
         self._journal.resume_from(0 if latest is None else checkpoints.read_controller(latest)["step"])
+        for difference in [] if latest is None else checkpoints.differences(latest):
+            await self._journal.message(difference, level="warn")
         probed = {name: probe_groups(rows, self._placement.put) for name, rows in probes.items()}
         return Driver(plan, source, trainer, self._journal, checkpoints, probes=probed, **more)
 

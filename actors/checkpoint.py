@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.origin import differences
 from modeseek_ray.errors import StorageError, cannot_write
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,19 @@ _CHUNK_BYTES = 1 << 20
 class CheckpointStore:
     """The checkpoints of one job under `root`. One writer at a time: the driver of the newest attempt."""
 
-    def __init__(self, root: Path, keep: int = 2, *, expected_bytes: int = 0) -> None:
-        """`expected_bytes`: what a checkpoint will take before the first one has shown it."""
+    def __init__(
+        self,
+        root: Path,
+        keep: int = 2,
+        *,
+        expected_bytes: int = 0,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`expected_bytes`: what a checkpoint will take before the first one has shown it; `origin`: `origin.py`."""
         self._root = Path(root)
         self._keep = max(2, keep)
         self._expected_bytes = expected_bytes
+        self._origin = dict(origin or {})
 
     def begin(self, step: int, attempt: int) -> Path:
         """Make the directory the ranks write into. Raises `StorageError` when the disk is too full for it."""
@@ -72,9 +81,8 @@ class CheckpointStore:
         try:
             _write_json(directory / CONTROLLER, controller)
             files = {path.relative_to(directory).as_posix(): _flush(path) for path in _files(directory)}
-            _write_json(
-                directory / MANIFEST, {"format": _FORMAT, "step": step, "attempt": attempt, "files": files}
-            )
+            facts = {"format": _FORMAT, "step": step, "attempt": attempt, "origin": self._origin}
+            _write_json(directory / MANIFEST, {**facts, "files": files})
             for folder in [*(p for p in directory.rglob("*") if p.is_dir()), directory]:
                 _flush_directory(folder)
             if target.exists():  # the same step saved twice in one attempt: swap, never overwrite in place
@@ -132,6 +140,10 @@ class CheckpointStore:
         """The driver's state as it was handed to `finish`."""
         state: dict[str, Any] = json.loads((directory / CONTROLLER).read_text(encoding="utf-8"))
         return state
+
+    def differences(self, directory: Path) -> list[str]:
+        """In what the checkpoint was written by something else than what runs now."""
+        return differences(_manifest(directory).get("origin", {}), self._origin)
 
     def _check_space(self) -> None:
         newest = self.all()[:1]

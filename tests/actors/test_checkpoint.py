@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.checkpoint import CheckpointStore
+from actors.checkpoint import MANIFEST, CheckpointStore
 from modeseek_ray.errors import StorageError
 
 Usage = namedtuple("Usage", "total used free")
@@ -182,3 +182,16 @@ def test_what_history_does_not_know_is_gone_back_behind(store: CheckpointStore) 
     assert names(store) == ["step-5.a1"]
     store.forget_uncommitted(None)
     assert names(store) == []
+
+
+def test_a_checkpoint_says_what_it_was_written_by_and_a_change_is_told(tmp_path: Path) -> None:
+    mine = {"versions": {"torch": "2.8.0", "deepspeed": "0.17"}, "config_sha256": "ab"}
+    store = CheckpointStore(tmp_path, origin=mine)
+    directory = store.finish(store.begin(4, 1), {"step": 4})
+    assert json.loads((directory / MANIFEST).read_text())["origin"] == mine
+    assert store.differences(directory) == []
+    newer = {"versions": {**mine["versions"], "torch": "2.9.0"}, "config_sha256": "cd"}  # type: ignore[dict-item]
+    [version, config] = CheckpointStore(tmp_path, origin=newer).differences(directory)
+    assert "torch 2.8.0, now it is 2.9.0" in version and "another configuration" in config
+    old = CheckpointStore(tmp_path / "old")
+    assert CheckpointStore(tmp_path / "old", origin=newer).differences(old.finish(old.begin(1, 1), {})) == []

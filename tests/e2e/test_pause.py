@@ -1,9 +1,10 @@
-"""A real job, paused in its middle and resumed: no process is left, and the weights are those of a run in one go."""
+"""Real jobs, paused in their middle and resumed: no process is left, and the weights are those of a run in one go."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,21 @@ import openai
 import psutil
 import pytest
 
-STEPS = 60
+from modeseek_ray.playground import data_files
+
+OFFLINE_STEPS, ROUNDS = 60, 80
+WORKERS = ("ray::TrainerRank", "ray::GeneratorEngine", "ray::ReferenceModel")
+
+
+@pytest.fixture
+def client(service: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none")
 
 
 @pytest.mark.slow
 def test_a_paused_job_frees_its_workers_and_resumes_exactly(
-    service: Any, tiny_moe: Path, tmp_path: Path
+    service: Any, client: openai.OpenAI, tiny_moe: Path, tmp_path: Path
 ) -> None:
-    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none")
     # Long enough for a pause to be heard of in the middle: drivers ask every two seconds.
     rows = [{"prompt": f"say {i} ", "completion": f"{i} " * 75} for i in range(96)]
     data = tmp_path / "train.jsonl"
@@ -31,20 +39,60 @@ def test_a_paused_job_frees_its_workers_and_resumes_exactly(
     def submit() -> str:
         return client.fine_tuning.jobs.create(model=model, training_file=file, method=method).id
 
+    paused_and_whole(service, client, submit, OFFLINE_STEPS, {"ray::TrainerRank"})
+
+
+@pytest.mark.slow
+def test_a_paused_online_job_frees_its_engine_too_and_resumes_exactly(
+    service: Any, client: openai.OpenAI, playground_dense: Path, modeseek_home: Path, tmp_path: Path
+) -> None:
+    """Float32, staleness 0: what the new engine writes is what the old one would have written."""
+    prompts = tmp_path / "prompts.jsonl"
+    lines = data_files(modeseek_home)["new-task.prompts"].read_text().splitlines()[:16]
+    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file = client.files.create(file=prompts, purpose="fine-tune").id
+    online = {
+        "reward": {"scheme": "exponential", "beta": 0.5, "scope": "group"},
+        "grader": {
+            "type": "string_check",
+            "input": "{{ sample.output_text }}",
+            "reference": "{{ item.reference }}",
+            "operation": "eq",
+        },
+        "rollout": {"samples_per_prompt": 4, "prompts_per_round": 4, "max_tokens": 8, "ties": "keep"},
+        "training": {"epochs": 20, "max_steps": ROUNDS, "learning_rate": 1e-4, "checkpoint_every": 1000},
+    }
+    method: Any = {"type": "online", "online": online}
+
+    def submit() -> str:
+        jobs = client.fine_tuning.jobs
+        return jobs.create(model=str(playground_dense), training_file=file, method=method).id
+
+    paused_and_whole(service, client, submit, ROUNDS, {"ray::TrainerRank", "ray::GeneratorEngine"})
+
+
+def paused_and_whole(
+    service: Any, client: openai.OpenAI, submit: Callable[[], str], steps: int, kinds: set[str]
+) -> None:
+    """Two jobs that are the same; the first is paused, and the second runs meanwhile. `kinds` of workers run."""
+    jobs = client.fine_tuning.jobs
     paused, whole = submit(), submit()
-    until(client, paused, lambda job: job.progress["step"] >= 3)
-    assert client.fine_tuning.jobs.pause(paused).status == "running"
+    until(client, paused, lambda job: job.progress["step"] >= 2)
+    workers = workers_of_the_running_job(service)
+    assert kinds <= set(workers.values())
+    assert jobs.pause(paused).status == "running"
     until(client, paused, lambda job: job.status == "paused")
-    step = client.fine_tuning.jobs.checkpoints.list(paused).data[0].step_number
-    assert 3 <= step < STEPS
-    assert not processes_of(service, paused)
+    step = jobs.checkpoints.list(paused).data[0].step_number
+    assert 2 <= step < steps
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert not alive and not drivers_of(service, paused)
     until(client, whole, lambda job: job.status == "succeeded")  # its workers were free for this one
-    assert client.fine_tuning.jobs.retrieve(paused).status == "paused"
-    assert client.fine_tuning.jobs.resume(paused).status == "running"  # queued again, with steps behind it
+    assert jobs.retrieve(paused).status == "paused"
+    assert jobs.resume(paused).status == "running"  # queued again, with steps behind it
     until(client, paused, lambda job: job.status == "succeeded")
-    events = list(client.fine_tuning.jobs.list_events(paused))
+    events = list(jobs.list_events(paused))
     trained = [e.data["step"] for e in events if "loss" in (e.data or {})]  # type: ignore[index, operator]
-    assert trained == list(range(STEPS, 0, -1))  # each step once
+    assert trained == list(range(steps, 0, -1))  # each step once
     assert weights_hash(service, paused) == weights_hash(service, whole)
 
 
@@ -66,21 +114,35 @@ def until(client: openai.OpenAI, job_id: str, condition: Any) -> None:
         time.sleep(0.05)
 
 
-def processes_of(service: Any, job_id: str) -> list[str]:
-    """The job's driver and any trainer that is still there, after the moment it takes to end."""
+def workers_of_the_running_job(service: Any) -> dict[psutil.Process, str]:
+    """Trainers, engines and scorers, with what they have started: process -> kind of the worker.
+
+    One job runs at a time, so all of them are its own. Ray puts class and method into a worker's title.
+    """
+    found: dict[psutil.Process, str] = {}
+    for process in service.family():
+        kind = next((kind for kind in WORKERS if _command(process).startswith(kind)), None)
+        if kind is not None:
+            found |= dict.fromkeys([process, *process.children(recursive=True)], kind)
+    return found
+
+
+def drivers_of(service: Any, job_id: str) -> list[str]:
+    """The job's driver, after the moment it takes to end."""
     for _ in range(50):
-        found = []
-        for process in service.family():
-            try:
-                command = " ".join(process.cmdline())
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                continue
-            if f"drive --job {job_id}" in command:
-                found.append(command)
+        commands = [_command(process) for process in service.family()]
+        found = [command for command in commands if f"drive --job {job_id}" in command]
         if not found:
             break
         time.sleep(0.1)
     return found
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 def weights_hash(service: Any, job_id: str) -> str:

@@ -2,7 +2,8 @@
 
 victim   driver, rank 0, rank 1, engine, scorer, API, Ray's head
 point    what it is doing
-action   SIGKILL, SIGSTOP (for good), STALL (stopped, then continued), ENOSPC, SLOW
+action   SIGKILL, SIGSTOP (for good), STALL (stopped, then continued), SLOW, RAY (its head dies),
+         ENOSPC (the call raises it), FULL (the volume that is written to has no byte left)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Kind = Literal["offline", "online"]
 
 @dataclass(frozen=True)
 class Cell:
-    """`rank` where one of several trainers is meant; `seconds` of STALL and SLOW."""
+    """`rank` where one of several trainers is meant; `seconds` of STALL and SLOW, and of a full store."""
 
     point: str
     when: str
@@ -26,16 +27,27 @@ class Cell:
     kind: Kind = "offline"
     seconds: float = 2.0
 
+    @property
+    def volume(self) -> Literal["data", "store"] | None:
+        """What is full: the service writes the store, all others the job's checkpoints."""
+        if self.action != "FULL":
+            return None
+        return "store" if self.point.startswith("api.") else "data"
+
     def __str__(self) -> str:
         rank = "" if self.rank is None else f" of rank {self.rank}"
         online = "online: " if self.kind == "online" else ""
         return f"{online}{self.action} {self.when} {self.point}{rank} #{self.nth}"
 
-    def plan(self) -> str:
-        return json.dumps({k: v for k, v in vars(self).items() if v is not None})
+    def plan(self, directory: str = "") -> str:
+        """As the hooks read it. `directory`: of the volume to fill."""
+        said = {k: v for k, v in vars(self).items() if v is not None}
+        return json.dumps({**said, "directory": directory})
 
 
 OFFLINE = [
+    # First: SQLite's log has not grown yet, so that writing needs space.
+    Cell("api.events", "before", 3, action="FULL", seconds=4.0),
     Cell("driver.setup", "before"),
     Cell("driver.score", "after"),
     Cell("driver.step", "before", 1),
@@ -64,6 +76,7 @@ OFFLINE = [
     Cell("rank.save", "before", 2, rank=1),
     Cell("rank.save", "after", 2, rank=0),
     Cell("rank.save", "before", 2, rank=0, action="ENOSPC"),
+    Cell("rank.save", "before", 2, rank=0, action="FULL"),
     Cell("rank.save", "before", 1, rank=1, action="SIGSTOP"),
     Cell("rank.export", "before", 1, rank=0),
     Cell("rank.export", "before", 1, rank=0, action="ENOSPC"),
@@ -77,7 +90,7 @@ OFFLINE = [
     Cell("api.commit", "before", 2),
     Cell("api.commit", "after", 2),
     Cell("api.commit", "before", 2, action="ENOSPC"),
-    Cell("api.commit", "after", 1, action="STALL", seconds=20.0),  # longer than the lease
+    Cell("api.commit", "after", 1, action="STALL", seconds=16.0),  # longer than the lease
     Cell("api.transition", "after", 2),
     Cell("driver.step", "before", 6, action="RAY"),  # the driver sees Ray's head die
     Cell("driver.finish", "before", 2, action="RAY"),
@@ -94,7 +107,11 @@ ONLINE = [
     Cell("rank.step", "after", 3, rank=0, kind="online"),
     Cell("driver.finish", "after", 2, kind="online"),
     Cell("api.events", "after", 4, kind="online"),
+    Cell("rank.weights", "before", 2, rank=0, kind="online"),
+    Cell("rank.weights", "after", 2, rank=1, kind="online"),
     Cell("driver.step", "before", 3, action="RAY", kind="online"),
+    Cell("driver.rollout", "after", 2, action="RAY", kind="online"),
+    Cell("driver.sync", "before", 2, action="RAY", kind="online"),
 ]
 CELLS = [*OFFLINE, *ONLINE]
 
@@ -104,7 +121,7 @@ _PHASES = {
     "score": ("score", "block"),
     "rollout": ("rollout", "write"),
     "step": ("step", "events"),
-    "sync": ("sync", "update"),
+    "sync": ("sync", "update", "weights"),
     "checkpoint": ("save", "finish", "commit"),
     "end": ("export", "check", "end", "transition"),
 }

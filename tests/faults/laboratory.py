@@ -27,14 +27,17 @@ from tests.e2e.conftest import RunningService
 from tests.faults import history, jobs
 from tests.faults.cells import Cell, Kind
 from tests.faults.history import ClientLog, Trained
+from tests.faults.volumes import MIB, Relief, Volumes
 
-LEASE_S = 15
+LEASE_S = 12
 # Long for a small job, short for who waits for a stopped one.
 DEADLINES_S = {
-    "setup": 120, "score": 60, "rollout": 30, "step": 15, "sync": 30, "checkpoint": 15, "export": 60
+    "setup": 120, "score": 60, "rollout": 30, "step": 12, "sync": 30, "checkpoint": 12, "export": 60
 }  # fmt: skip
 CELL_DEADLINE_S = 240
 CANCEL_DEADLINE_S = 60
+STORE_BYTES = 64 * MIB
+CHECKPOINT_BYTES = 16 * MIB  # of a cell in which they fill their volume
 HOOKS = Path(__file__).parent / "hooks"
 ROOT = Path(__file__).parents[2]
 
@@ -70,8 +73,10 @@ class Laboratory:
         """`models` and data (`prompts` for online jobs) by kind of job. Without `forks` each process imports anew."""
         self._forks = forks
         self._directory = directory
-        self._home = directory / "home"
-        self._home.mkdir(exist_ok=True)
+        self._home = directory / "home"  # the store, on a volume of its own
+        self._storage = directory / "storage"  # jobs and caches
+        self._storage.mkdir(exist_ok=True)
+        self._volumes = Volumes()
         self._models = models
         self._prompts = prompts
         self._plan = directory / "plan.json"
@@ -88,7 +93,10 @@ class Laboratory:
             "PYTHONPATH": os.pathsep.join([str(HOOKS), str(ROOT)]),
             "MODESEEK_FAULT_PLAN": str(self._plan),
             "MODESEEK_FAULT_HOME": str(self._home),
+            "MODESEEK_STORAGE": str(self._storage),
         }
+        self._stack.callback(self._volumes.unmount)
+        self._volumes.mount(self._home, STORE_BYTES)
         self._stack.enter_context(environ(environment))
         if self._forks:
             socket = self._directory / "zygote"
@@ -118,7 +126,7 @@ class Laboratory:
         if calm.problems:
             return replace(calm, cell=cell, problems=["there is no run without a fault to compare with"])
         if cell.point.endswith((".score", ".block")):
-            shutil.rmtree(self._home / "cache" / "scores", ignore_errors=True)
+            shutil.rmtree(self._storage / "cache" / "scores", ignore_errors=True)
         found = self._observe(cell, cell.kind)
         problems = found.problems
         if not Path(f"{self._plan}.fired").exists():
@@ -161,19 +169,33 @@ class Laboratory:
             with self._client() as client:
                 job_id = self._submit(client, kind)
                 if rollouts_of is not None:  # before it can have started: validation takes longer
-                    home = self._home / "jobs"
-                    shutil.copytree(home / rollouts_of / "rollouts", home / job_id / "rollouts")
+                    jobs_ = self._storage / "jobs"
+                    shutil.copytree(jobs_ / rollouts_of / "rollouts", jobs_ / job_id / "rollouts")
+                relief = self._relief(cell, job_id, fired)
                 follower = threading.Thread(target=self._follow, args=(job_id,), daemon=True)
                 follower.start()
-                job = self._until_ended(client, job_id, resumes=cell is not None and cell.action == "ENOSPC")
+                job = self._until_ended(client, job_id, relief)
                 follower.join(60)
             seconds = time.monotonic() - started
-            return self._look(cell, kind, job, seconds, fired)
+            found = self._look(cell, kind, job, seconds, fired)
+            return replace(found, problems=[*found.problems, *relief.problems()])
         except Exception as error:  # the table goes on
             problem = " ".join(f"{type(error).__name__}: {error}".split())
             left = self._clear_away(job_id)
             seconds = time.monotonic() - started
             return Finding(cell, kind, job_id, seconds, 0, 0, None, "", Trained(), problems=[problem, *left])
+
+    def _relief(self, cell: Cell | None, job_id: str, fired: Path) -> Relief:
+        """The volume that the cell fills is there, and the plan knows where."""
+        directory = self._home
+        if cell is not None and cell.volume == "data":
+            directory = self._storage / "jobs" / job_id / "checkpoints"
+            self._volumes.mount(
+                directory, CHECKPOINT_BYTES
+            )  # its driver has not started: validation comes first
+        if cell is not None and cell.volume is not None:
+            self._plan.write_text(cell.plan(str(directory)))
+        return Relief(cell, directory, fired, probe=self._directory / "probe.jsonl")
 
     def _look(
         self, cell: Cell | None, kind: Kind, job: dict[str, Any], seconds: float, fired: Path
@@ -194,7 +216,7 @@ class Laboratory:
             recovered_s = next(
                 (e.created_at - at for e in stored.events if e.created_at > at and _is_progress(e)), None
             )
-        results = self._home / "jobs" / job_id / "results"
+        results = self._storage / "jobs" / job_id / "results"
         steps = [step for _, step in stored.steps]
         return Finding(
             cell,
@@ -258,16 +280,16 @@ class Laboratory:
             for event in client.stream(job_id):
                 seen.append(event["id"])
 
-    def _until_ended(self, client: Client, job_id: str, *, resumes: bool) -> dict[str, Any]:
+    def _until_ended(self, client: Client, job_id: str, relief: Relief) -> dict[str, Any]:
         """Poll; start the service again when it was killed, and resume what paused for want of space."""
         deadline = time.monotonic() + CELL_DEADLINE_S
         job: dict[str, Any] = {}
         while time.monotonic() < deadline:
             self._revive()
             try:
+                relief.of_store(client)
                 job = client.job(job_id)
-                if job["status"] == "paused" and resumes:
-                    client.resume(job_id)
+                relief.of_job(client, job)
                 if job["status"] in ("succeeded", "failed", "cancelled"):
                     return job
             except ServiceError:

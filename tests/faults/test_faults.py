@@ -13,17 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.cells import CELLS, Cell, columns, pairwise
+from tests.faults.cells import CELLS, OFFLINE, Cell, columns, pairwise
 from tests.faults.laboratory import HOOKS, ROOT, Laboratory, environ
 
-# What `make test` can afford.
-IN_TESTS = [
-    Cell("driver.setup", "before"),
-    Cell("driver.score", "after"),
-    Cell("rank.step", "before", 6, rank=1),
-    Cell("rank.step", "before", 6, rank=1, action="SIGSTOP"),
-    Cell("rank.save", "before", 2, rank=0, action="ENOSPC"),
-]
+# Online jobs wait for vLLM, which the zygote cannot fork: those are left to `make faults`.
+IN_TESTS = pairwise(OFFLINE)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +41,7 @@ def test_no_answered_job_is_lost_or_doubled_or_changed_after_its_end(laboratory:
 
 def test_a_pairwise_selection_meets_every_pair_that_there_is() -> None:
     selected = pairwise(CELLS)
-    assert set(IN_TESTS) <= set(CELLS) and 20 <= len(selected) < len(CELLS) == len(set(CELLS))
+    assert 20 <= len(IN_TESTS) <= 27 and 20 <= len(selected) < len(CELLS) == len(set(CELLS))
     for first, second in itertools.combinations(range(4), 2):
         met = {(columns(cell)[first], columns(cell)[second]) for cell in selected}
         assert met == {(columns(cell)[first], columns(cell)[second]) for cell in CELLS}

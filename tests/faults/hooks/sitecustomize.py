@@ -19,9 +19,11 @@ import importlib.abc
 import inspect
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -48,6 +50,7 @@ POINTS = {
     "scorer.block": "actors.scoring:BlockScorer.__call__",
     "rank.step": "actors.trainer:TrainerRank.step",
     "rank.save": "actors.trainer:TrainerRank.save",
+    "rank.weights": "actors.trainer:TrainerRank.weights",
     "rank.export": "actors.trainer:TrainerRank.export",
     "api.commit": "modeseek_ray.jobs.driver_store:DriverStore.commit_checkpoint",
     "api.events": "modeseek_ray.jobs.driver_store:DriverStore.append_events",
@@ -85,6 +88,23 @@ def _full(_plan: dict[str, Any]) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", "/a/full/disk")
 
 
+def _fill(plan: dict[str, Any]) -> None:
+    """No byte left on the volume; where it could not be mounted, none that this process may add, for a while."""
+    directory = Path(plan["directory"])
+    if not directory.is_mount():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
+        lift = threading.Timer(plan["seconds"], resource.setrlimit, (resource.RLIMIT_FSIZE, (soft, hard)))
+        lift.daemon = True
+        lift.start()
+        return
+    with suppress(OSError), (directory / "ballast").open("wb", buffering=0) as ballast:
+        for size in (1 << 20, 1 << 12):
+            with suppress(OSError):
+                while ballast.write(bytes(size)) == size:
+                    pass
+
+
 def _stall(plan: dict[str, Any]) -> None:
     """Stop, and go on later: to a process it looks as if the machine had slept."""
     wake = f"sleep {plan['seconds']}; kill -CONT {os.getpid()}"
@@ -109,6 +129,7 @@ _ACTIONS: dict[str, Callable[[dict[str, Any]], None]] = {
     "STALL": _stall,
     "SLOW": lambda plan: time.sleep(plan["seconds"]),
     "ENOSPC": _full,
+    "FULL": _fill,
     "RAY": _end_ray,
 }
 
@@ -122,6 +143,14 @@ def _wrap(point: str, function):  # type: ignore[no-untyped-def]
             result = await function(self, *args, **kwargs)
             _meet(point, "after", self)
             return result
+
+    elif inspect.isgeneratorfunction(function):  # "before" its first item, "after" its last
+
+        @functools.wraps(function)
+        def wrapped(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            _meet(point, "before", self)
+            yield from function(self, *args, **kwargs)
+            _meet(point, "after", self)
 
     else:
 

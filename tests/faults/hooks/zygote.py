@@ -13,11 +13,13 @@ vLLM is not among them: it imports Ray, which reads its configuration once, when
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import runpy
 import selectors
+import shlex
 import signal
 import socket
 import struct
@@ -48,6 +50,10 @@ PRELOADED = [
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "uvicorn",
 ]
+
+
+_READ_LATE = {"RAY_JOB_STOP_WAIT_TIME_S"}  # settings of Ray that are looked up when they are needed
+_execvp = os.execvp
 
 
 # --- in the stand-in
@@ -202,8 +208,25 @@ def _run(argv: list[str]) -> int:
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = list(argv)
+        if os.path.basename(argv[0]) == "setup_worker.py":
+            os.execvp = functools.partial(_go_on_here, dict(os.environ))  # type: ignore[assignment]
         runpy.run_path(argv[0], run_name="__main__")
     return 0
+
+
+def _go_on_here(before: dict[str, str], file: str, args: list[str]) -> None:
+    """Ray's set-up of a worker ends with `exec python default_worker.py …`: run that in this process.
+
+    It would be a second Python, stand-in and fork, and would import Ray once more. Only where the worker's own
+    environment changes none of Ray's settings, which it has read by now.
+    """
+    os.execvp = _execvp
+    words = shlex.split(args[-1])
+    changed = {name for name, value in os.environ.items() if before.get(name) != value}
+    is_worker = len(words) > 2 and words[0] == "exec" and os.path.basename(words[2]) == "default_worker.py"
+    if not is_worker or {name for name in changed if name.startswith("RAY_")} - _READ_LATE:
+        _execvp(file, args)
+    raise SystemExit(_run(words[2:]))
 
 
 def _finish(status: int) -> None:
