@@ -43,6 +43,7 @@ class Database:
         self.clock = clock
         self.listeners: list[Callable[[str], None]] = []
         self.is_shared = self.url.get_backend_name() != "sqlite"  # other processes may write too
+        self.version = 0  # transactions of this process that may have written
         self._writer = self._engine(writes=True)
         self._reader = self._engine(writes=False)
         try:
@@ -64,6 +65,7 @@ class Database:
         """A transaction that may write. It is on disk when the block is left, or nothing of it is."""
         with self._writer.begin() as connection:
             yield connection
+        self.version += 1
 
     @contextmanager
     def read(self) -> Iterator[Connection]:

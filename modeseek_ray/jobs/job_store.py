@@ -39,6 +39,7 @@ class JobStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._placed: tuple[tuple[int, int], dict[str, Place]] | None = None  # as of (version, slots)
 
     def submit(
         self,
@@ -164,12 +165,24 @@ class JobStore:
             return {state: count for state, count in rows}
 
     def places(self, slots: int) -> dict[str, Place]:
-        """Where each queued job stands, if `slots` jobs may run at a time."""
-        living = self.in_states("queued", *ATTENDED)
-        queue = [job for job in living if job.state == "queued"]
-        if not queue:
-            return {}
+        """Where each queued job stands, if `slots` jobs may run at a time.
+
+        Everybody who polls a queued job asks, so the answer is kept until something is written. (Not where
+        other processes write, too: they do not tell.)
+        """
+        asked = (self._database.version, slots)  # before the look: what is written meanwhile makes it old
+        if self._placed is None or self._placed[0] != asked or self._database.is_shared:
+            self._placed = asked, self._find_places(slots)
+        return self._placed[1]
+
+    def _find_places(self, slots: int) -> dict[str, Place]:
+        columns = (jobs.c.id, jobs.c.tenant_id, jobs.c.eta_s, jobs.c.state)
+        query = select(*columns).where(jobs.c.state.in_(("queued", *ATTENDED)))
         with self._database.read() as connection:
+            living = connection.execute(query.order_by(jobs.c.priority.desc(), jobs.c.number)).all()
+            queue = [job for job in living if job.state == "queued"]
+            if not queue:
+                return {}
             limits = connection.execute(select(tenants.c.id, tenants.c.max_running_jobs))
             by_tenant: dict[str, int | None] = {row.id: row.max_running_jobs for row in limits}
             typical_s = self._typical_s(connection)

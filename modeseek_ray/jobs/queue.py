@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from modeseek_ray.jobs.records import JobRecord
 
 TYPICAL_S = 600.0  # of a job of which nothing is known, where none has ended yet
+
+
+class Waiting(Protocol):
+    """What is looked at of a job."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def tenant_id(self) -> str: ...
+    @property
+    def eta_s(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
@@ -45,14 +57,17 @@ def startable(
 
 
 def places(
-    queue: Sequence[JobRecord],
-    attended: Sequence[JobRecord],
+    queue: Sequence[Waiting],
+    attended: Sequence[Waiting],
     *,
     slots: int,
     limits: Mapping[str, int | None],
     typical_s: float | None = None,
 ) -> dict[str, Place]:
     """A place for each job of `queue`, as if every job took what it says is left of it, or `typical_s`.
+
+    Whenever a slot is free the first in line starts whose tenant is below its limit. Only the first of each
+    tenant can be that one: a line per tenant and a heap of their heads make it n log n.
 
     >>> places([], [], slots=1, limits={})
     {}
@@ -61,27 +76,38 @@ def places(
     ends = [(_remaining_s(job, length_s), job.tenant_id) for job in attended]
     heapq.heapify(ends)
     running = Counter(tenant_id for _, tenant_id in ends)
+    lines: dict[str, deque[tuple[int, Waiting]]] = defaultdict(deque)
+    for number, job in enumerate(queue):
+        lines[job.tenant_id].append((number, job))
+    heads: list[tuple[int, str]] = []  # of the tenants that may start one more: (place in `queue`, tenant)
+
+    def step_up(tenant_id: str) -> None:
+        limit = limits.get(tenant_id)
+        if lines[tenant_id] and (limit is None or running[tenant_id] < limit):
+            heapq.heappush(heads, (lines[tenant_id][0][0], tenant_id))
+
+    for tenant_id in list(lines):
+        step_up(tenant_id)
     found: dict[str, Place] = {}
-    waiting, now_s = list(queue), 0.0
-    while waiting:
-        job = next((j for j in waiting if _may_start(j, running, slots, limits)), None)
-        if job is not None:
-            waiting.remove(job)
-            running[job.tenant_id] += 1
-            heapq.heappush(ends, (now_s + _remaining_s(job, length_s), job.tenant_id))
+    now_s = 0.0
+    while len(found) < len(queue):
+        if heads and len(ends) < slots:  # all that run have an end
+            _, tenant_id = heapq.heappop(heads)
+            _, job = lines[tenant_id].popleft()
+            running[tenant_id] += 1
+            heapq.heappush(ends, (now_s + _remaining_s(job, length_s), tenant_id))
             found[job.id] = Place(len(found) + 1, now_s)
+            step_up(tenant_id)
         elif ends:
             now_s, ended = heapq.heappop(ends)
             running[ended] -= 1
+            limit = limits.get(ended)
+            if limit is not None and running[ended] == limit - 1:  # it stood aside until now
+                step_up(ended)
         else:  # a limit of no jobs at all
             break
     return found
 
 
-def _may_start(job: JobRecord, running: Counter[str], slots: int, limits: Mapping[str, int | None]) -> bool:
-    limit = limits.get(job.tenant_id)
-    return running.total() < slots and (limit is None or running[job.tenant_id] < limit)
-
-
-def _remaining_s(job: JobRecord, typical_s: float) -> float:
+def _remaining_s(job: Waiting, typical_s: float) -> float:
     return typical_s if job.eta_s is None else job.eta_s

@@ -18,6 +18,7 @@ async def test_nothing_is_lost_or_doubled_under_load(tmp_path: Path) -> None:
     seen = outcome.seen
     assert set(seen.statuses) <= {200, 409}  # 409: the same key at the same moment
     assert seen.repeated > 0 and len(seen.answers) > 16
+    assert seen.polled_s and seen.queued_s and seen.listed_s
     assert len(seen.streams) == 20 and len(seen.written) == 4
     assert "lost or doubled | nothing" in figures(outcome, size)
 

@@ -127,6 +127,8 @@ def figures(outcome: Outcome, size: Size) -> str:
         f"| submissions, of which repeated | {len(seen.submitted_s)}, {seen.repeated} |",
         f"| submission p50, p99 | {_ms(seen.submitted_s, 50)}, {_ms(seen.submitted_s, 99)} |",
         f"| poll p50, p99 | {_ms(seen.polled_s, 50)}, {_ms(seen.polled_s, 99)} ({len(seen.polled_s)} polls) |",
+        f"| poll of a queued job p50, p99 | {_ms(seen.queued_s, 50)}, {_ms(seen.queued_s, 99)} |",
+        f"| list of 20 jobs p50, p99 | {_ms(seen.listed_s, 50)}, {_ms(seen.listed_s, 99)} |",
         f"| event lag p50, p99 | {_ms(seen.lags_s, 50)}, {_ms(seen.lags_s, 99)} ({len(seen.lags_s)} arrivals) |",
         f"| memory at the end, slope | {outcome.memory_mib[-1][1]:.0f} MiB,"
         f" {outcome.slope_mib_per_minute():+.1f} MiB a minute over {size.seconds / 2:.0f} s |",

@@ -28,7 +28,9 @@ class Seen:
     """All that the clients were answered. Times in seconds."""
 
     submitted_s: list[float] = field(default_factory=list)
-    polled_s: list[float] = field(default_factory=list)
+    polled_s: list[float] = field(default_factory=list)  # jobs that run
+    queued_s: list[float] = field(default_factory=list)  # polls of jobs that wait, told their place
+    listed_s: list[float] = field(default_factory=list)  # the newest jobs
     lags_s: list[float] = field(default_factory=list)  # from a driver's event to a listener
     statuses: Counter[int] = field(default_factory=Counter)
     answers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # key -> jobs
@@ -47,6 +49,7 @@ class Load:
         self._deadline = deadline
         self._random = random.Random(0)
         self._keys: list[str] = []
+        self._queued: list[str] = []  # no driver takes them: all slots are those of `jobs`
         self._http = httpx.AsyncClient(
             base_url=url, trust_env=False, timeout=60, limits=httpx.Limits(max_connections=None)
         )
@@ -89,16 +92,22 @@ class Load:
             self.seen.statuses[answer.status_code] += 1
             if answer.status_code == 200:
                 self.seen.answers[key].add(answer.json()["id"])
+                self._queued.append(answer.json()["id"])
             await self._think()
 
     async def poll(self) -> None:
         while self._goes_on():
             await self._think()
-            if not self.jobs:
-                continue
+            path, times_s = self._random.choice(
+                [
+                    (f"/{self._random.choice(self.jobs)}", self.seen.polled_s),
+                    (f"/{self._random.choice(self._queued or self.jobs)}", self.seen.queued_s),
+                    ("?limit=20", self.seen.listed_s),
+                ]
+            )
             started = time.monotonic()
-            answer = await self._http.get(f"/v1/fine_tuning/jobs/{self._random.choice(self.jobs)}")
-            self.seen.polled_s.append(time.monotonic() - started)
+            answer = await self._http.get(f"/v1/fine_tuning/jobs{path}")
+            times_s.append(time.monotonic() - started)
             self.seen.statuses[answer.status_code] += 1
 
     async def listen(self, job_id: str) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from modeseek_ray.jobs.queue import Place, places, startable
 from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
@@ -52,6 +55,78 @@ def test_the_limit_of_a_tenant_delays_its_own_jobs_alone(make: Any) -> None:
     found = places(queue, [], slots=2, limits={"x": 1}, typical_s=60.0)
     assert found == {"ftjob-a": Place(1, 0.0), "ftjob-c": Place(2, 0.0), "ftjob-b": Place(3, 60.0)}
     assert places(queue[:1], [], slots=2, limits={"x": 0}, typical_s=60.0) == {}
+
+
+class Line(NamedTuple):
+    """A job, as far as the queue looks."""
+
+    id: str
+    tenant_id: str
+    eta_s: float | None
+
+
+def by_the_rule(queue: list[Line], attended: list[Line], slots: int, limits: Any) -> dict[str, Place]:
+    """The rule as one says it: at each moment the first in line that may start does; else time passes."""
+    running = [(60.0 if job.eta_s is None else job.eta_s, job.tenant_id) for job in attended]
+    waiting, found, now_s = list(queue), {}, 0.0
+    while waiting:
+        for job in waiting:
+            limit = limits.get(job.tenant_id)
+            of_tenant = sum(tenant == job.tenant_id for _, tenant in running)
+            if len(running) < slots and (limit is None or of_tenant < limit):
+                waiting.remove(job)
+                running.append((now_s + (60.0 if job.eta_s is None else job.eta_s), job.tenant_id))
+                found[job.id] = Place(len(found) + 1, now_s)
+                break
+        else:
+            if not running:
+                break
+            now_s, _ = first = min(running)
+            running.remove(first)
+    return found
+
+
+LINES = st.lists(
+    st.tuples(st.sampled_from("xyz"), st.sampled_from([None, 0.0, 5.0, 60.0, 61.5])), max_size=12
+)
+
+
+@given(
+    queue=LINES,
+    attended=LINES.map(lambda jobs: jobs[:5]),
+    slots=st.integers(0, 4),
+    limits=st.dictionaries(st.sampled_from("xyz"), st.one_of(st.none(), st.integers(0, 3))),
+)
+def test_places_are_those_of_the_rule(queue: Any, attended: Any, slots: int, limits: Any) -> None:
+    waiting = [Line(f"q{i}", *job) for i, job in enumerate(queue)]
+    running = [Line(f"r{i}", *job) for i, job in enumerate(attended)]
+    found = places(waiting, running, slots=slots, limits=limits, typical_s=60.0)
+    assert found == by_the_rule(waiting, running, slots, limits)
+
+
+def test_places_of_a_long_queue_take_no_time() -> None:
+    """Every poll of a queued job asks for them; by the rule's own words 20,000 jobs would take minutes."""
+    queue = [Line(str(i), f"t{i % 50}", 1.0) for i in range(20_000)]
+    started = time.process_time()
+    found = places(queue, [], slots=8, limits={f"t{i}": i % 3 for i in range(50)})
+    assert time.process_time() - started < 3.0
+    assert len(found) == 20_000 - 400 * 17  # of every third tenant none may run
+
+
+def test_places_are_kept_until_something_is_written(
+    store: Store, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    look = store.jobs._find_places
+    monkeypatch.setattr(store.jobs, "_find_places", lambda slots: looks.append(slots) or look(slots))
+    first = helpers.queue(store, "ftjob-first")
+    for _ in range(3):
+        assert store.jobs.places(slots=1) == {first.id: Place(1, 0.0)}
+    assert store.jobs.places(slots=2) and looks == [1, 2]
+    second = helpers.queue(store, "ftjob-second")
+    assert list(store.jobs.places(slots=1)) == [first.id, second.id]
+    store.jobs.cancel(first.id)
+    assert list(store.jobs.places(slots=1)) == [second.id]
 
 
 def test_the_typical_length_is_that_of_jobs_that_ended(store: Store, helpers: Any, clock: Any) -> None:
