@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from modeseek_ray.errors import ConfigError
+from modeseek_ray.mends import mend_for
 from modeseek_ray.methods import (
     BestOfNMethod,
     DpoHyperparameters,
@@ -51,6 +52,7 @@ __all__ = [
     "config_error",
     "parse_config",
     "read_config",
+    "rooted",
 ]
 
 
@@ -293,7 +295,16 @@ def parse_config(data: Any) -> JobConfig:
     try:
         return JobConfig.model_validate(data)
     except ValidationError as error:
-        raise config_error(error) from None
+        raise config_error(error, model=JobConfig) from None
+
+
+def rooted(param: str, method_type: str) -> str:
+    """A path as the user of that method has it: checks of a weighting say `method.weighted`.
+
+    >>> rooted("method.weighted.likelihood.of", "online")
+    'method.online.likelihood.of'
+    """
+    return param.replace("method.weighted", f"method.{method_type}", 1)
 
 
 def read_config(path: Path) -> JobConfig:
@@ -310,11 +321,21 @@ def read_config(path: Path) -> JobConfig:
     return parse_config(data)
 
 
-def config_error(error: ValidationError, root: str = "") -> ConfigError:
-    """The first problem of a pydantic error, in our shape; further ones are counted."""
-    problems = error.errors(include_url=False, include_context=False)
+def config_error(error: ValidationError, root: str = "", model: type[BaseModel] | None = None) -> ConfigError:
+    """The first problem of a pydantic error, in our shape, with a way out; further ones are counted.
+
+    With the `model` that was validated, a misspelt field is told its nearest name.
+    """
+    problems = error.errors(include_url=False)
     first = problems[0]
+    mend = mend_for(first, model)
     path = error_path(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "there is no such field"
+    elif first["type"] == "value_error":
+        message = message.rpartition("; ")[0] or message
+    elif first["type"] in ("unknown_scheme", "unknown_type"):  # the field that tells sections apart
+        path = ".".join(filter(None, (path, first["type"].removeprefix("unknown_"))))
     more = f" ({len(problems) - 1} more problems follow.)" if len(problems) > 1 else ""
-    return ConfigError(f"{message}.{more}", param=f"{root}{path}" or None)
+    return ConfigError(f"{message}.{more}", mend=mend, param=f"{root}{path}" or None)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.attempt import AttemptResult, AttemptSpec
-from actors.attempts import attempt_of
+from actors.attempts import attempt_of, paths_as_written
 from actors.cluster import RayPlacement, check_nodes, connect
 from actors.endings import would_come_again
 from actors.fetching import fetch_missing
@@ -162,7 +162,8 @@ async def _work(
         RayPlacement(spec.config.resources),
         journal,
     )
-    result = await attempt.run()
+    with paths_as_written(spec.config):
+        result = await attempt.run()
     await _conclude(sink, result)
 
 

@@ -6,13 +6,13 @@ The same checks behind `modeseek check`, `modeseek run` and the service's valida
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modeseek_ray.config import JobConfig
-from modeseek_ray.data.auto import auto_batch_size
 from modeseek_ray.data.report import DataReport
+from modeseek_ray.data.weighting import weighting_problems
 from modeseek_ray.errors import ConfigError, ModelError, Warn
 from modeseek_ray.jobs.integrations import check_integrations
 from modeseek_ray.jobs.models import ModelInfo, resolve_model
@@ -21,7 +21,6 @@ from modeseek_ray.jobs.plan import Plan, plan
 from modeseek_ray.jobs.spec import FILE_ROLES
 from modeseek_ray.rewards.build import local_models
 from modeseek_ray.rewards.endpoints import Endpoint
-from modeseek_ray.weights.checks import Facts, check_weighting
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,7 @@ def preflight(config: JobConfig, data: DataReport, model_path: Path, *, has_beha
     data.raise_if_bad()
     model = ModelInfo.read(model_path)
     refuse_replay_without_experts(config, model)
-    problems = [
-        replace(problem, param=problem.param.replace("method.weighted", f"method.{config.method.type}", 1))
-        for problem in check_weighting(config.weighting, facts_of(config, data, has_behavior=has_behavior))
-    ]
+    problems = weighting_problems(config, data.training, has_behavior=has_behavior)
     for problem in problems:
         if problem.severity == "error":
             raise problem.error()
@@ -107,34 +103,3 @@ def refuse_replay_without_experts(config: JobConfig, model: ModelInfo) -> None:
             param=f"method.{config.method.type}.training.router_aux_loss_coef",
             mend="Set it to 0, or choose an MoE model.",
         )
-
-
-def facts_of(config: JobConfig, data: DataReport, *, has_behavior: bool) -> Facts:
-    """What the weighting's own checks want to know of the data."""
-    training, asked = data.training, config.training
-    if config.rollout is not None:  # samples, their rewards and log-probabilities are made by the job
-        return Facts(
-            batch_size=config.rollout.samples_per_round,
-            has_rewards=True,
-            has_log_behavior=True,
-            has_token_logprobs=True,
-            samples_per_prompt=config.rollout.samples_per_prompt,
-            smallest_rewarded_group=config.rollout.samples_per_prompt,
-            inner_steps=config.training.inner_steps,
-        )
-    num_rows = training.samples or training.rows
-    batch_size = asked.batch_size
-    if batch_size == "auto":
-        batch_size = auto_batch_size(num_rows, training.largest_group, asked.replay_share)
-    return Facts(
-        batch_size=batch_size,
-        num_rows=num_rows,
-        has_rewards=training.has_rewards,
-        has_log_behavior=training.has_logprobs or has_behavior,
-        has_token_logprobs=training.has_token_logprobs,
-        samples_per_prompt=training.largest_group,
-        smallest_rewarded_group=training.smallest_rewarded_group,
-        smallest_reward=training.smallest_reward if training.has_rewards else None,
-        inner_steps=asked.inner_steps,
-        replay_share=asked.replay_share,
-    )

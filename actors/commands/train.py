@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from actors.attempt import AttemptResult, AttemptSpec, Placement
-from actors.attempts import attempt_of
+from actors.attempts import attempt_of, paths_as_written
 from actors.cli.follow import Follower
 from actors.commands.preflight import files_of, local_judges, local_model, preflight
 from actors.journal import CallbackSink, ResultJournal
@@ -75,7 +75,8 @@ def run(spec: AttemptSpec, on_event: OnEvent, *, local: bool) -> AttemptResult:
 
 async def _run(spec: AttemptSpec, sink: CallbackSink, journal: ResultJournal, local: bool) -> AttemptResult:
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, sink.interrupt)
-    return await attempt_of(spec, await _placement(spec, local), journal).run()
+    with paths_as_written(spec.config):
+        return await attempt_of(spec, await _placement(spec, local), journal).run()
 
 
 async def _placement(spec: AttemptSpec, local: bool) -> Placement:

@@ -113,18 +113,13 @@ def inspect_job(
 
 
 def _check_training(config: JobConfig, report: FileReport) -> Iterator[Warn]:
-    """What the weighting and the batches need of the training file: problems go into its report."""
+    """What the method and the batches need of the training file: problems go into its report.
+
+    What the weighting needs is said by `weighting_problems`, with the path of its field.
+    """
     if report.rows == 0:
         return
     wanted = needs(config.weighting)
-    if "rewards" in wanted and not report.has_rewards:
-        report.problems.add(
-            DataError(
-                "the weighting looks at rewards, but no row has a `reward`.",
-                mend="Add rewards, or choose a weighting without them.",
-                code="no_rewards",
-            )
-        )
     is_preference = config.weighting.reward.scheme == "preference"
     if is_preference and 0 < report.rows_with_reward < report.rows:
         report.problems.add(
@@ -140,15 +135,6 @@ def _check_training(config: JobConfig, report: FileReport) -> Iterator[Warn]:
                 f"{report.pairs} rows have a non_preferred_output, which this method would train on.",
                 mend="Choose method.type: dpo, or send rows of `messages`.",
                 code="unexpected_pairs",
-            )
-        )
-    if "behavior" in wanted and config.behavior_model is None and not report.has_logprobs:
-        missing = report.rows - report.rows_with_logprobs
-        report.problems.add(
-            DataError(
-                f"the weighting looks at the sampler's log-probabilities, but {missing} rows have none.",
-                mend="Add `logprobs`, or name the SFT checkpoint that stands for the data as behavior_model.",
-                code="no_logprobs",
             )
         )
     if report.prior_sum == 0:

@@ -13,6 +13,9 @@ from modeseek_ray.data.loading import read_rows
 from modeseek_ray.data.problems import Problems, raise_first
 from modeseek_ray.data.prompts import read_prompts
 from modeseek_ray.data.reader import unpacked_bytes
+from modeseek_ray.data.report import FileReport
+from modeseek_ray.data.rows import Row
+from modeseek_ray.data.weighting import refuse_impossible_weighting
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.jobs.errors import NotFoundError
 from modeseek_ray.jobs.integrations import check_integrations
@@ -56,6 +59,7 @@ class Checked:
 def check(service: Service, caller: Caller, body: Any, capacity: Capacity | None = None) -> Checked:
     """Raises the first problem as a `ModeseekError` that names the field, or the file and line."""
     config = parse_config(body)
+    refuse_impossible_weighting(config)
     check_integrations(config)
     files = {
         role: _file(service, caller, role, name)
@@ -70,7 +74,8 @@ def check(service: Service, caller: Caller, body: Any, capacity: Capacity | None
     if capacity is not None:
         refuse_what_never_fits(plan(config, ModelInfo.read(model_path)), capacity)
     judges = {} if config.grader is None else _judges(service, caller, config)
-    _check_rows(service, files, asks=config.rollout is not None)
+    training = _check_rows(service, files, asks=config.rollout is not None)
+    refuse_impossible_weighting(config, training)
     return Checked(config, files, model_path, behavior_path, judges)
 
 
@@ -162,12 +167,14 @@ def _judges(service: Service, caller: Caller, config: JobConfig) -> dict[str, Pa
     }
 
 
-def _check_rows(service: Service, files: dict[str, FileRecord], *, asks: bool) -> None:
+def _check_rows(service: Service, files: dict[str, FileRecord], *, asks: bool) -> FileReport | None:
     """Read small files line by line; large ones wait for the validation process.
 
-    `asks`: the training file is one of questions, which the generator answers.
+    `asks`: the training file is one of questions, which the generator answers. Returns what there is in
+    the training file, if it was read and is one of answers.
     """
     found = []
+    training: FileReport | None = None
     for role, record in files.items():
         if max(record.bytes, unpacked_bytes(Path(record.path))) > service.settings.max_checked_bytes:
             continue
@@ -177,7 +184,13 @@ def _check_rows(service: Service, files: dict[str, FileRecord], *, asks: bool) -
             rows = read_prompts(Path(record.path), problems)
         else:
             rows = read_rows(Path(record.path), problems, _DATA_ROLES.get(role, "retention"))  # type: ignore[arg-type]
-        for _row in rows:
-            pass
+        report = (
+            None if asks or role != "training_file" else FileReport(record.filename, "training", problems)
+        )
+        for row in rows:
+            if report is not None and isinstance(row, Row):
+                report.add_row(row)
+        training = training or report
         found.append(problems)
     raise_first(found)
+    return training

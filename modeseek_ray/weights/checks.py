@@ -247,13 +247,17 @@ def _against_data(weighting: Weighting, facts: Facts) -> Iterator[Problem]:
         yield _error(
             "reward.scheme",
             f"{g.scheme} needs rewards, and neither a row nor a grader gives any.",
-            "Add a `reward` field to the rows or a grader, or drop `reward`.",
+            "Give every row preferred_output and non_preferred_output."
+            if g.scheme == "preference"
+            else "Add a `reward` field to the rows or a grader, or drop `reward`.",
+            code="no_rewards",
         )
     if "behavior" in wanted and facts.has_log_behavior is False:
         yield _error(
             "likelihood.of",
             f"{weighting.likelihood.of} needs to know how likely the data were to their author.",
             "Give `logprobs` with every row, or name a behavior_model, or choose another `of`.",
+            code="no_logprobs",
         )
     if first_order_ratio(weighting) == "policy_over_data" and facts.has_token_logprobs is False:
         yield _error(

@@ -12,7 +12,9 @@ import pytest
 from ray.exceptions import RayError
 
 from actors import http_sink
+from actors.attempts import paths_as_written
 from actors.commands import drive
+from modeseek_ray.config import parse_config
 from modeseek_ray.errors import (
     ConfigError,
     DataError,
@@ -188,3 +190,15 @@ async def test_an_attempt_that_had_nothing_left_to_train_says_that_it_runs_befor
     result: Any = SimpleNamespace(outcome=outcome, model_path=Path("/m"), result_files=[], picked={})
     await drive._conclude(sink, result)
     assert service.said == [("running", None), ("succeeded", None)]
+
+
+@pytest.mark.parametrize("kind", ["supervised", "weighted", "dpo"])
+def test_what_a_worker_refuses_is_named_as_the_job_has_it(kind: str) -> None:
+    config = parse_config({"model": "m", "training_file": "f", "method": {"type": kind}})
+    experts = "method.weighted.training.lora.target_experts"
+    with pytest.raises(ConfigError) as caught, paths_as_written(config):
+        raise ConfigError("no experts.", param=experts)
+    assert caught.value.param == f"method.{kind}.training.lora.target_experts"
+    with pytest.raises(WorkerError) as bare, paths_as_written(config):
+        raise WorkerError("rank 1 died.")
+    assert bare.value.param is None

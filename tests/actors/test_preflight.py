@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from actors.commands.preflight import facts_of, preflight
+from actors.commands.preflight import preflight
 from modeseek_ray.config import JobConfig, parse_config
 from modeseek_ray.data.check import inspect_job
 from modeseek_ray.data.report import DataReport
+from modeseek_ray.data.weighting import facts_of
 from modeseek_ray.errors import ConfigError
 
 FLOOR = {"likelihood": {"scheme": "ratio_power", "of": "initial", "gamma": {"ess": {"floor": 0.3}}}}
@@ -49,5 +50,26 @@ def test_best_of_n_is_held_against_the_prompt_with_fewest_rewards(tiny_dense: Pa
         preflight(config, data, tiny_dense, has_behavior=False)
     assert caught.value.param == "method.weighted.reward.n"
     config, data = inspected(tmp_path, tiny_dense, [*rows, {"group": "d"}], {"preset": "bon"})
-    assert facts_of(config, data, has_behavior=False).smallest_rewarded_group == 2
+    assert facts_of(config, data.training, has_behavior=False).smallest_rewarded_group == 2
     assert preflight(config, data, tiny_dense, has_behavior=False).data is data
+
+
+@pytest.mark.parametrize(
+    ("weighting", "code", "path"),
+    [
+        ({"reward": {"scheme": "exponential", "beta": 1.0}}, "no_rewards", "reward.scheme"),
+        (
+            {"likelihood": {"scheme": "ratio_power", "of": "policy_over_data", "gamma": 0.5}},
+            "no_logprobs",
+            "likelihood.of",
+        ),
+    ],
+)
+def test_what_the_rows_lack_is_said_with_the_path_of_who_wants_it(
+    weighting: dict[str, Any], code: str, path: str, tiny_dense: Path, tmp_path: Path
+) -> None:
+    config, data = inspected(tmp_path, tiny_dense, [{"logprobs": -3}, {}], weighting)
+    with pytest.raises(ConfigError) as caught:
+        preflight(config, data, tiny_dense, has_behavior=False)
+    assert (caught.value.code, caught.value.param) == (code, f"method.weighted.{path}")
+    assert caught.value.mend

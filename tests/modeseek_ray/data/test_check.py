@@ -116,8 +116,6 @@ OVER_DATA = {"likelihood": {"scheme": "ratio_power", "of": "policy_over_data", "
 @pytest.mark.parametrize(
     ("weighting", "training", "rows", "kind"),
     [
-        (EXPONENTIAL, {}, [row()], "no_rewards"),
-        (OVER_DATA, {}, [row(logprobs=-3), row()], "no_logprobs"),
         ({}, {}, [row(weight=0), row(weight=0)], "bad_weight"),
         ({}, {"batch_size": 2}, [row(group=1)] * 3, "group_too_large"),
     ],

@@ -11,7 +11,8 @@ from modeseek_ray.data.check import inspect_job
 from modeseek_ray.data.dataset import Dataset
 from modeseek_ray.data.loading import load_samples
 from modeseek_ray.data.rows import parse_row
-from modeseek_ray.errors import DataError
+from modeseek_ray.data.weighting import refuse_impossible_weighting
+from modeseek_ray.errors import ConfigError, DataError
 from modeseek_ray.jobs.models import ModelInfo
 from modeseek_ray.jobs.plan import plan
 
@@ -110,7 +111,9 @@ def test_preference_training_needs_pairs_everywhere(write_jsonl, model_dir):
     mixed = inspect_job(config({"type": "dpo"}), {"training": write_jsonl(chat, pair())}, model_dir)
     assert list(mixed.training.problems.counts) == ["not_a_pair"]
     none = inspect_job(config({"type": "dpo"}), {"training": write_jsonl(chat)}, model_dir)
-    assert list(none.training.problems.counts) == ["no_rewards"]
+    with pytest.raises(ConfigError, match="Give every row preferred_output") as caught:
+        refuse_impossible_weighting(config({"type": "dpo"}), none.training)
+    assert (caught.value.code, caught.value.param) == ("no_rewards", "method.dpo.reward.scheme")
 
 
 def test_a_pair_does_not_fit_a_batch_of_one(write_jsonl, model_dir):

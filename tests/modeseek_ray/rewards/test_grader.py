@@ -174,15 +174,15 @@ def test_a_job_stops_above_its_share_with_three_different_examples() -> None:
     ("section", "path", "said"),
     [
         ({"type": "python", "source": "def grade(): ..."}, None, "would run a user's code"),
-        ({"type": "label_model"}, None, "ask for a number with score_model"),
-        ({"type": "string_chek"}, None, "`type` must be one of: string_check, text_similarity"),
-        ({}, None, "`type` must be one of"),
+        ({"type": "label_model"}, None, "Ask for a number with score_model"),
+        ({"type": "string_chek"}, "type", "`type` must be one of: string_check, text_similarity"),
+        ({}, "type", "`type` must be one of"),
         ({**EQUALS, "operation": "neq"}, "operation", "'eq', 'ne', 'like' or 'ilike'"),
-        ({**EQUALS, "pass_threshold": 1}, "pass_threshold", "not permitted"),
+        ({**EQUALS, "pass_threshold": 1}, "pass_threshold", "there is no such field"),
         ({**EQUALS, "input": "{{ sample.txt }}"}, "input", "position 1: sample.txt is unknown"),
         ({**TOO_LONG, "free_tokens": 20}, None, "must be less than max_tokens (20)"),
         ({**BOTH, "calculate_output": "right + lang"}, None, "position 9: 'lang' is not a grader"),
-        ({**BOTH, "calculate_output": "right"}, None, "does not use long; drop it, or write 0 * long"),
+        ({**BOTH, "calculate_output": "right"}, None, "does not use long. Drop it, or write 0 * long"),
         ({**BOTH, "graders": {}}, "graders", "at least 1"),
         ({**BOTH, "graders": {"max": EQUALS}}, None, "graders.max: a part needs a name"),
         ({**BOTH, "graders": {"in": EQUALS}}, None, "graders.in: a part needs a name"),
@@ -202,7 +202,7 @@ def test_what_is_wrong_is_refused_with_its_path(
         SECTION.validate_python(section)
     error = config_error(caught.value)  # type: ignore[arg-type]
     assert error.param == path
-    assert said in error.message
+    assert said in f"{error.message} {error.mend}" and error.mend
 
 
 def test_a_field_that_no_row_has_is_refused_at_submission() -> None:

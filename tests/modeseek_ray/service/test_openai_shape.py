@@ -224,7 +224,10 @@ def test_the_ledger_as_rows_and_as_parquet(service: Any, tmp_path: Path) -> None
 def test_the_ledger_by_row_with_texts_and_what_to_collect(service: Any) -> None:
     """Row 0 gets .5 and .25, row 1 the rest; the ratio to the start says that row 0 is not mastered."""
     weighted = {"type": "weighted", "weighted": {"preset": "mode_seeking"}}
-    job_id = service.submit(method=weighted)
+    four = service.upload(
+        b'{"prompt": "one plus one is", "completion": " two"}\n' * 4
+    )  # a floor of 0.3 can bind
+    job_id = service.submit(method=weighted, training_file=four)
     path = service.home.weights_parquet(job_id)
     path.parent.mkdir()
     uses = [(1, 0, 0.5), (1, 1, 1.5), (2, 0, 0.25), (2, 1, 1.75)]

@@ -48,8 +48,8 @@ def ratio(**fields: Any) -> dict[str, Any]:
         (ratio(gamma=-0.1), "likelihood.gamma"),
         (ratio(gamma=math.nan), "likelihood.gamma"),
         (ratio(of="policy_over_nothing"), "likelihood.of"),
-        ({"likelihood": {"gamma": 0.5}}, "likelihood"),
-        ({"likelihood": {"scheme": "ratio_powr"}}, "likelihood"),
+        ({"likelihood": {"gamma": 0.5}}, "likelihood.scheme"),
+        ({"likelihood": {"scheme": "ratio_powr"}}, "likelihood.scheme"),
         ({"reward": {"scheme": "exponential", "beta": 0.0}}, "reward.beta"),
         ({"reward": {"scheme": "exponential", "beta": {"ess": {"floor": 1.0}}}}, "reward.beta.ess.floor"),
         ({"reward": {"scheme": "top_k", "share": 0.0}}, "reward.share"),
@@ -64,6 +64,27 @@ def test_errors_name_the_path(weighted: dict[str, Any], path: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(job(**weighted))
     assert caught.value.param == f"method.weighted.{path}"
+    assert caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("body", "mend"),
+    [
+        (job(**ratio(gamma={"ess": {"flor": 0.3}})), "Did you mean `floor`?"),
+        (job(training={"epoch": 3}), "Did you mean `epochs`?"),
+        ({**job(), "trainingfile": "x"}, "Did you mean `training_file`?"),
+        (job(token={"scheme": "dft", "gama": 1.0}), "Did you mean `gamma`?"),
+        (job(likelihood={"scheme": "ratio_powr"}), "Did you mean `ratio_power`?"),
+        (job(guards={"cap": 1.0}), "Choose a number above 1."),
+        (job(kl={"direction": "sideways"}), "Choose 'forward' or 'reverse'."),
+        ({**job(), "resources": {"expert_parallel": True}}, "Set that above 1, or drop it."),
+        ({"model": "m"}, "Add it."),
+    ],
+)
+def test_errors_say_how_to_mend_them(body: dict[str, Any], mend: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(body)
+    assert caught.value.mend == mend
 
 
 def test_unknown_scheme_lists_the_known() -> None:
