@@ -33,7 +33,7 @@ class Case:
 
     kind: Literal["hidden", "own", "open", "driver"]
     """`hidden`: it names a thing. `own`: it shows or makes the caller's own. `open`: it needs no key.
-    `driver`: users' keys are refused."""
+    `driver`: users' keys are refused, where drivers, engines and the operator ask."""
     path: str = ""
     json: Any = None
     status: int = 404
@@ -43,6 +43,7 @@ JOB, JOBS = "/v1/fine_tuning/jobs/{job_id}", "/v1/fine_tuning/jobs"
 HOOK = "/v1/webhook_endpoints/{endpoint_id}"
 DRIVER = "/internal/jobs/{job_id}/attempts/{attempt}"
 ENGINE = "/internal/engines/{engine_id}"
+OPERATOR = "/internal/operator/keys"
 NEW_HOOK = {"name": "x", "url": "https://8.8.8.8/", "event_types": ["fine_tuning.job.failed"]}
 GRADER = {"type": "string_check", "input": "a", "reference": "a", "operation": "eq"}
 
@@ -97,6 +98,10 @@ CASES = {
         "driver", json={"address": "http://127.0.0.1:1", "ready": True, "active": 0}
     ),
     ("POST", ENGINE + "/left"): Case("driver", json={"outcome": "forged"}),
+    ("GET", OPERATOR): Case("driver"),
+    ("POST", OPERATOR): Case("driver", json={"name": "forged"}),
+    ("DELETE", OPERATOR): Case("driver"),
+    ("POST", OPERATOR + "/{key_id}/revoke"): Case("driver", path=OPERATOR + "/0/revoke"),
     ("GET", "/healthz"): Case("open"),
     ("GET", "/readyz"): Case("open"),
     ("GET", "/metrics"): Case("open"),
