@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from actors import modeling
 from actors.allocator import return_freed_memory
+from actors.attention import make_repeatable
 from actors.begun import Begun, Measured, compared_with_writers, require
 from actors.distance import StartWeights
 from actors.engine import ZeroEngine, deepspeed_config, join, norm_after_clipping
@@ -54,6 +55,9 @@ class Policy:
         if on_gpu:
             torch.cuda.set_device(0)
             torch.use_deterministic_algorithms(True, warn_only=True)
+            # Otherwise every new tensor is filled with NaN first, against code that reads what it did not write.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            make_repeatable()
         join(rank, world_size, cuda=on_gpu)
         seed_everything(spec.seed)  # alike on every rank: adapters start from the same random matrices
         self._module = self._build()

@@ -174,6 +174,8 @@ class TrainerRank:
             )
         if not on_gpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
+        else:  # or cuBLAS may add up in another order each time; an operator's own choice stands
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.update(
             MASTER_ADDR=self._master[0],
             MASTER_PORT=str(self._master[1]),

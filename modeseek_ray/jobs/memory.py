@@ -15,7 +15,10 @@ from modeseek_ray.config import Lora, Resources
 from modeseek_ray.jobs.models import ModelInfo
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default communication bucket
-HEAD_CHUNK_BYTES = 64 * 2**20  # of float32 logits at a time (objectives/logprobs.py)
+HEAD_CHUNK_BYTES, HEAD_CHUNK_BYTES_ON_GPU = (
+    64 * 2**20,
+    512 * 2**20,
+)  # of float32 logits at a time (objectives/head.py)
 # Values kept per position and layer for the backward pass, in widths: measured with saved-tensor
 # hooks on Qwen3 (12.6 + 4 * MLP width / h, here MLP width = 4 h) and Qwen3-MoE (33 to 38 at k * f = 4 h).
 ACTIVATION_WIDTHS_DENSE, ACTIVATION_WIDTHS_MOE = 29, 38
@@ -29,7 +32,7 @@ ASSUMPTIONS = (
     f"Activations: {ACTIVATION_WIDTHS_DENSE} widths per position and layer in a dense model,"
     f" {ACTIVATION_WIDTHS_MOE} in a mixture of experts; with gradient checkpointing one width per layer and"
     " one layer in full. Attention does not hold its [positions, positions] scores.",
-    "Logits are never held: 64 MiB of them at a time, forward and backward.",
+    "Logits are never held: 64 MiB of them at a time (512 MiB on a GPU), forward and backward.",
     "Micro-batches are full. Allocator fragmentation is not counted: leave a tenth free.",
 )
 
@@ -124,15 +127,27 @@ def activation_part(model: ModelInfo, resources: Resources, positions: int) -> P
 
 
 def head_part(model: ModelInfo, resources: Resources, positions: int) -> Part:
-    """Chunked logits and their gradients, the head's float32 copy in bfloat16, and its gradient."""
-    copies = 1 if value_bytes(resources) == 4 else 2
-    num_bytes = 3 * logit_bytes(model, positions) + copies * 4 * model.vocab_size * model.hidden_size
-    return Part("head", num_bytes, f"3 x min(64 MiB, 4 V x {positions:,} positions) + {4 * copies} V h")
+    """Chunked logits and their gradients, the head's gradient, and on a CPU its float32 copy in bfloat16."""
+    copies = 2 if value_bytes(resources) == 2 and not resources.gpus_per_worker else 1
+    logits, formula = logit_bytes(model, resources, positions), _logits_formula(resources)
+    num_bytes = 3 * logits + copies * 4 * model.vocab_size * model.hidden_size
+    return Part("head", num_bytes, f"3 x min({formula}, 4 V x {positions:,} positions) + {4 * copies} V h")
 
 
-def logit_bytes(model: ModelInfo, positions: int) -> int:
+def logits_part(model: ModelInfo, resources: Resources, positions: int) -> Part:
+    """What a pass without gradient holds of them."""
+    formula = f"at most {_logits_formula(resources)} of logits"
+    return Part("head", logit_bytes(model, resources, positions), formula)
+
+
+def logit_bytes(model: ModelInfo, resources: Resources, positions: int) -> int:
     """Float32 logits held at a time."""
-    return min(HEAD_CHUNK_BYTES, 4 * model.vocab_size * positions)
+    most = HEAD_CHUNK_BYTES_ON_GPU if resources.gpus_per_worker else HEAD_CHUNK_BYTES
+    return min(most, 4 * model.vocab_size * positions)
+
+
+def _logits_formula(resources: Resources) -> str:
+    return "512 MiB" if resources.gpus_per_worker else "64 MiB"
 
 
 def routes_part(model: ModelInfo, positions: int, ranks: int) -> Part:

@@ -153,7 +153,7 @@ def _scorers(config: JobConfig, model: ModelInfo) -> list[Processes]:
     )
     b = memory.value_bytes(resources)
     weights = Part("parameters", b * model.num_parameters, f"{b} P")
-    logits = Part("head", memory.logit_bytes(model, positions), "at most 64 MiB of logits")
+    logits = memory.logits_part(model, resources, positions)
     parts = (weights, inference, logits)
     base = Part("process", memory.SCORER_BASE_BYTES, "Python, torch, transformers")
     return [

@@ -170,34 +170,56 @@ def _train_parts(config: JobConfig, model: ModelInfo, on: Hardware, work: Worklo
         parts.append(TimePart("frozen start", forward, "a forward pass of pi_0"))
     times = ("1 x" if lora else "2 x") + (" + 1 x" if resources.gradient_checkpointing else "")
     parts.append(TimePart("backward", backward, f"{times} the forward"))
+    parts.append(_accumulation(config, model, on, share))
     parts.append(_optimizer(config, model, on, crowded))
     parts.append(_communication(config, model, on, share))
     return parts
 
 
 def _forward_s(config: JobConfig, model: ModelInfo, on: Hardware, share: Workload) -> float:
-    """One pass over one rank's share; head and log-softmax are float32."""
+    """One pass over one rank's share. The head's log-softmax is float32, and on a CPU so are its products."""
     dtype, moe = config.resources.dtype, model.is_moe
     body = 2.0 * model.num_active_parameters * share.positions
     attention = 2.0 * share.mean_length * model.hidden_size * model.num_layers * share.positions
     head = 2.0 * model.vocab_size * model.hidden_size * share.trained
-    seconds = (body + attention) / on.flops(dtype, moe=moe) + head / on.flops("float32", moe=False)
+    # In bfloat16 a GPU multiplies the head's chunks in its matrix units (objectives/head.py); the passes over
+    # float32 logits between them leave about the share of the peak that experts' small matrices do.
+    units = on.name != "cpu" and dtype == "bfloat16"
+    head_rate = on.flops(dtype, moe=True) if units else on.flops("float32", moe=False)
+    seconds = (body + attention) / on.flops(dtype, moe=moe) + head / head_rate
     micro_batches = max(1, math.ceil(share.positions / config.resources.micro_batch_tokens))
     per_layer = on.layer_overhead_s + on.expert_overhead_s * model.num_experts
     return seconds + micro_batches * model.num_layers * per_layer
 
 
 def _optimizer(config: JobConfig, model: ModelInfo, on: Hardware, crowded: float) -> TimePart:
-    """Adam reads and writes gradient, master copy and two moments in float32, of this rank's shard."""
+    """Adam over gradient, master copy and two moments in float32, of this rank's shard.
+
+    They are 32 bytes of traffic if each is touched once. torch's AdamW takes a pass for each of its operations,
+    and gradients are scaled and weights rounded around it: 90 bytes were seen on an H100, and in the memory of
+    its host a third of what that could move.
+    """
     resources = config.resources
     trainable = memory.trainable_parameters(model, config.training.lora)
     shard = trainable / (resources.trainers if memory.effective_stage(resources) else 1)
-    seconds = 32 * shard / (on.memory_bandwidth * on.bandwidth_efficiency) * crowded
-    formula = "32 A / R bytes of memory traffic"
+    each = 90 if resources.gpus_per_worker else 32
+    seconds = each * shard / (on.memory_bandwidth * on.bandwidth_efficiency) * crowded
+    formula = f"{each} A / R bytes of memory traffic"
     if resources.offload_optimizer and resources.gpus_per_worker:
-        seconds = (8 * shard / on.host_bandwidth + 32 * shard / 100e9) / on.bandwidth_efficiency
-        formula = "8 A / R bytes to the host and back, and Adam there at 100 GB/s"
+        seconds = (8 * shard / on.host_bandwidth + 32 * shard / 30e9) / on.bandwidth_efficiency
+        formula = "8 A / R bytes to the host and back, and Adam there at 30 GB/s"
     return TimePart("optimizer", seconds, formula)
+
+
+def _accumulation(config: JobConfig, model: ModelInfo, on: Hardware, share: Workload) -> TimePart:
+    """DeepSpeed copies each micro-batch's bfloat16 gradients and adds them to a float32 sum: some 40 bytes."""
+    resources = config.resources
+    if resources.dtype != "bfloat16" or not resources.gpus_per_worker:
+        return TimePart("gradients", 0.0, "added in place")
+    micro_batches = max(1, math.ceil(share.positions / resources.micro_batch_tokens))
+    trainable = memory.trainable_parameters(model, config.training.lora)
+    seconds = micro_batches * 40 * trainable / (on.memory_bandwidth * on.bandwidth_efficiency)
+    return TimePart("gradients", seconds, "40 A bytes of memory traffic per micro-batch")
 
 
 def _communication(config: JobConfig, model: ModelInfo, on: Hardware, share: Workload) -> TimePart:

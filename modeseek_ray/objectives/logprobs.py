@@ -11,17 +11,16 @@ the model's dtype: in bfloat16 a log-probability is .03-.05 nats off, which ruin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from modeseek_ray.objectives.head import Gradients, Head, Logits, default_chunk, parts
+
 KlDirection = Literal["forward", "reverse"]
 
 TOP = 20  # entries of the renormalised distribution that `eaft` looks at (2601.02151)
-CHUNK_BYTES = 64 * 2**20  # of float32 logits: large enough for an efficient product, small beside a model
 
 
 class TokenScores(NamedTuple):
@@ -39,18 +38,6 @@ class TokenScores(NamedTuple):
     hidden_M: Tensor | None = None  # [M, H], detached, where asked for
 
 
-@dataclass(frozen=True)
-class Head:
-    """A vocabulary projection: logits = scale * (hidden @ weight.T + bias).
-
-    `scale` is 1 / temperature times whatever constant the architecture multiplies its logits by.
-    """
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-
-
 def token_scores(
     hidden_MD: Tensor,
     head_weight_VD: Tensor,
@@ -65,9 +52,9 @@ def token_scores(
     """Log-probability of `target_M` under softmax(hidden @ weight.T / temperature), float32.
 
     Differentiable in hidden, weight and bias. `entropy` adds `entropy_M`, for about a twentieth of the
-    head's time; `statistics` both entropies. `chunk_positions` None = as many as fit `CHUNK_BYTES`.
+    head's time; `statistics` both entropies. `chunk_positions` None = `default_chunk`.
     """
-    size = chunk_positions or default_chunk(head_weight_VD.shape[0])
+    size = chunk_positions or default_chunk(head_weight_VD)
     log_prob_M, correct_M, entropy_M, top_entropy_M = _TokenScores.apply(
         hidden_MD,
         head_weight_VD,
@@ -94,7 +81,7 @@ def token_kl(
 
     `forward` is KL(reference || policy), `reverse` KL(policy || reference) (METHODS.md section 5).
     """
-    size = chunk_positions or max(1, default_chunk(head.weight_VD.shape[0]) // 2)
+    size = chunk_positions or max(1, default_chunk(head.weight_VD) // 2)
     with torch.no_grad():
         hidden_ref_MD = hidden_ref_MD.detach()
         head_ref = Head(
@@ -118,73 +105,15 @@ def token_kls(
     chunk_positions: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(KL(reference || policy), KL(policy || reference)) per position, [M] float32 nats each; no gradient."""
-    size = chunk_positions or max(1, default_chunk(head.weight_VD.shape[0]) // 2)
-    policy, reference = _Logits(hidden_MD, head, size), _Logits(hidden_ref_MD, head_ref, size)
-    forward_M, reverse_M = policy.weight_VD.new_empty(2, len(hidden_MD))
-    for part in _parts(len(hidden_MD), size):
+    size = chunk_positions or max(1, default_chunk(head.weight_VD) // 2)
+    policy, reference = Logits(hidden_MD, head, size), Logits(hidden_ref_MD, head_ref, size)
+    forward_M, reverse_M = policy.buffer_CV.new_empty(2, len(hidden_MD))
+    for part in parts(len(hidden_MD), size):
         log_policy_CV, log_ref_CV = policy(part).log_softmax(1), reference(part).log_softmax(1)
         difference_CV = log_ref_CV - log_policy_CV
         forward_M[part] = log_ref_CV.exp_().mul_(difference_CV).sum(1)
         reverse_M[part] = -log_policy_CV.exp_().mul_(difference_CV).sum(1)
     return forward_M, reverse_M
-
-
-def default_chunk(vocabulary: int) -> int:
-    """Positions whose float32 logits fit `CHUNK_BYTES`."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary))
-
-
-class _Logits:
-    """Float32 logits of a head, a chunk of positions at a time, in one buffer that is used again."""
-
-    def __init__(self, hidden_MD: Tensor, head: Head, size: int) -> None:
-        self.hidden_MD = hidden_MD
-        self.weight_VD = head.weight_VD.float()
-        self.bias_V = None if head.bias_V is None else head.bias_V.float() * head.scale
-        self.scale = head.scale
-        rows = min(size, len(hidden_MD))
-        self.buffer_CV = self.weight_VD.new_empty(rows, len(self.weight_VD))
-
-    def hidden(self, part: slice) -> Tensor:
-        """The chunk's hidden states, float32, with the logits' scale in them."""
-        hidden_CD = self.hidden_MD[part].float()
-        return hidden_CD if self.scale == 1.0 else hidden_CD * self.scale
-
-    def __call__(self, part: slice) -> Tensor:
-        """Logits of one chunk. Valid until the next call; callers may overwrite them."""
-        hidden_CD = self.hidden(part)
-        logits_CV = torch.mm(hidden_CD, self.weight_VD.t(), out=self.buffer_CV[: len(hidden_CD)])
-        return logits_CV if self.bias_V is None else logits_CV.add_(self.bias_V)
-
-
-class _Gradients:
-    """Sums d loss / d logits of the chunks up to gradients of hidden, weight and bias."""
-
-    def __init__(self, logits: _Logits, needed: tuple[bool, bool, bool]) -> None:
-        self.logits = logits
-        new = logits.weight_VD.new_empty
-        self.hidden_MD = new(logits.hidden_MD.shape) if needed[0] else None
-        self.weight_VD = torch.zeros_like(logits.weight_VD) if needed[1] else None
-        self.bias_V = new(len(logits.weight_VD)).zero_() if needed[2] else None
-
-    def add(self, part: slice, grad_CV: Tensor) -> None:
-        """`grad_CV` is d loss / d logits of one chunk."""
-        if self.hidden_MD is not None:
-            torch.mm(grad_CV, self.logits.weight_VD, out=self.hidden_MD[part])
-        if self.weight_VD is not None:
-            self.weight_VD.addmm_(grad_CV.t(), self.logits.hidden(part))
-        if self.bias_V is not None:
-            self.bias_V.add_(grad_CV.sum(0), alpha=self.logits.scale)
-
-    def result(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The three gradients in their parameters' dtypes."""
-        if self.hidden_MD is not None and self.logits.scale != 1.0:
-            self.hidden_MD.mul_(self.logits.scale)
-        return (
-            None if self.hidden_MD is None else self.hidden_MD.to(hidden.dtype),
-            None if self.weight_VD is None else self.weight_VD.to(weight.dtype),
-            None if self.bias_V is None or bias is None else self.bias_V.to(bias.dtype),
-        )
 
 
 class _TokenScores(torch.autograd.Function):
@@ -202,13 +131,13 @@ class _TokenScores(torch.autograd.Function):
         entropy: bool,
         top_entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        logits = _Logits(hidden_MD, Head(weight_VD, bias_V, scale), size)
+        logits = Logits(hidden_MD, Head(weight_VD, bias_V, scale), size)
         num_positions = len(hidden_MD)
-        log_prob_M, entropy_M, top_entropy_M = logits.weight_VD.new_empty(3, num_positions)
+        log_prob_M, entropy_M, top_entropy_M = logits.buffer_CV.new_empty(3, num_positions)
         correct_M = torch.empty(num_positions, dtype=torch.bool, device=hidden_MD.device)
         # The entropy needs logits and probabilities at a time: a second buffer then.
         prob_CV = torch.empty_like(logits.buffer_CV) if entropy else logits.buffer_CV
-        for part in _parts(num_positions, size):
+        for part in parts(num_positions, size):
             logits_CV = logits(part)
             target_C = logits_CV.gather(1, target_M[part, None]).squeeze(1)
             if top_entropy:
@@ -235,9 +164,9 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_M: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden_MD, weight_VD, bias_V, target_M = ctx.saved_tensors
-        logits = _Logits(hidden_MD, Head(weight_VD, bias_V, ctx.scale), ctx.size)
-        gradients = _Gradients(logits, ctx.needs_input_grad[:3])
-        for part in _parts(len(hidden_MD), ctx.size):
+        logits = Logits(hidden_MD, Head(weight_VD, bias_V, ctx.scale), ctx.size)
+        gradients = Gradients(logits, ctx.needs_input_grad[:3])
+        for part in parts(len(hidden_MD), ctx.size):
             grad_C = grad_M[part, None]
             # d log p(target) / d logits = onehot(target) - softmax
             grad_CV = _softmax_(logits(part)).mul_(-grad_C)
@@ -261,10 +190,10 @@ class _TokenKl(torch.autograd.Function):
         direction: KlDirection,
         size: int,
     ) -> Tensor:
-        policy = _Logits(hidden_MD, Head(weight_VD, bias_V, scale), size)
-        reference = _Logits(hidden_ref_MD, head_ref, size)
-        kl_M = policy.weight_VD.new_empty(len(hidden_MD))
-        for part in _parts(len(hidden_MD), size):
+        policy = Logits(hidden_MD, Head(weight_VD, bias_V, scale), size)
+        reference = Logits(hidden_ref_MD, head_ref, size)
+        kl_M = policy.buffer_CV.new_empty(len(hidden_MD))
+        for part in parts(len(hidden_MD), size):
             log_policy_CV = policy(part).log_softmax(1)
             log_ref_CV = reference(part).log_softmax(1)
             if direction == "forward":
@@ -280,10 +209,10 @@ class _TokenKl(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor | None, ...]:
         hidden_MD, weight_VD, bias_V, hidden_ref_MD, weight_ref_VD, bias_ref_V, kl_M = ctx.saved_tensors
-        policy = _Logits(hidden_MD, Head(weight_VD, bias_V, ctx.scales[0]), ctx.size)
-        reference = _Logits(hidden_ref_MD, Head(weight_ref_VD, bias_ref_V, ctx.scales[1]), ctx.size)
-        gradients = _Gradients(policy, ctx.needs_input_grad[:3])
-        for part in _parts(len(hidden_MD), ctx.size):
+        policy = Logits(hidden_MD, Head(weight_VD, bias_V, ctx.scales[0]), ctx.size)
+        reference = Logits(hidden_ref_MD, Head(weight_ref_VD, bias_ref_V, ctx.scales[1]), ctx.size)
+        gradients = Gradients(policy, ctx.needs_input_grad[:3])
+        for part in parts(len(hidden_MD), ctx.size):
             log_policy_CV = policy(part).log_softmax(1)
             log_ref_CV = reference(part).log_softmax(1)
             if ctx.direction == "forward":  # d KL(ref || policy) / d logits = policy - ref
@@ -305,8 +234,3 @@ def _entropy(logits_CV: Tensor) -> Tensor:
     """Entropy of softmax(logits) per row, nats."""
     log_prob_CV = logits_CV.log_softmax(1)
     return -(log_prob_CV.exp() * log_prob_CV).sum(1)
-
-
-def _parts(num_positions: int, size: int) -> Iterator[slice]:
-    for start in range(0, num_positions, size):
-        yield slice(start, min(start + size, num_positions))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from actors.modeling import load_causal_lm
 from modeseek_ray.objectives.collate import Batch, collate
@@ -29,7 +30,7 @@ def log_prob_kernel(case: Case, rate: float) -> Figures:
     target_M = torch.randint(0, v, (case.num_trained,), device=case.device)
 
     def work() -> None:
-        token_scores(hidden_MD, weight_VD, target_M).log_prob_M.sum().backward()
+        token_scores(hidden_MD, weight_VD, target_M, entropy=True).log_prob_M.sum().backward()
         hidden_MD.grad = weight_VD.grad = None
 
     taken = take(work, case.device, case.repeats)
@@ -38,7 +39,34 @@ def log_prob_kernel(case: Case, rate: float) -> Figures:
         "tokens_per_s": case.num_trained / taken.seconds,
         "share_of_matmul_rate": flops / taken.seconds / rate,
         "peak_gib": _gib(taken.peak_bytes),
+        "inputs_and_gradients_gib": _gib(4 * (hidden_MD.numel() + weight_VD.numel())),
         "logits_would_take_gib": _gib(4 * case.num_trained * v),
+        **_errors(hidden_MD[:64], weight_VD, target_M[:64]),
+    }
+
+
+def _errors(hidden_MD: Tensor, weight_VD: Tensor, target_M: Tensor) -> Figures:
+    """Of a few positions against float64: nats, and the gradients' relative difference.
+
+    Each position's gradient has a size and sign of its own. The parameters are bfloat16 and so are their
+    gradients, which alone makes 2e-3.
+    """
+    upstream_M = torch.linspace(-1, 2, len(target_M), device=hidden_MD.device)
+    ours = [t.detach().clone().requires_grad_() for t in (hidden_MD, weight_VD)]
+    exact = [t.detach().double().requires_grad_() for t in (hidden_MD, weight_VD)]
+    found_M = token_scores(*ours, target_M).log_prob_M
+    logits_MV = exact[0] @ exact[1].t()
+    expected_M = logits_MV.log_softmax(1).gather(1, target_M[:, None])[:, 0]
+    (found_M * upstream_M).sum().backward()
+    (expected_M * upstream_M).sum().backward()
+    off = [
+        float((a.grad.double() - b.grad).norm() / b.grad.norm())  # type: ignore[union-attr, operator]
+        for a, b in zip(ours, exact, strict=True)
+    ]
+    return {
+        "max_abs_error_nats": float((found_M.double() - expected_M).abs().max().detach()),
+        "hidden_gradient_error": off[0],
+        "weight_gradient_error": off[1],
     }
 
 
@@ -108,6 +136,21 @@ class Step:
                 assert live is not None and other is not None
                 figures[name][f"{part.removesuffix('_s')}_over_live"] = other / live
         return figures
+
+
+def step_figures(
+    case: Case, model: Path, rate: float, scratch: Path, *, engine: bool
+) -> dict[str, dict[str, Any]]:
+    """The step by routes, and with `engine` the trainer against a vLLM engine of the same weights."""
+    from tests.gpu import mismatch
+
+    samples = mismatch.sampled(case, model, scratch / "rollout.npz") if engine else []
+    step, results = Step(case, model), {}
+    if samples:
+        figures = mismatch.table(step.module, samples, case.device)
+        results = {f"trainer against engine, {name}": row for name, row in figures.items()}
+        step.module.train()
+    return results | {f"training step, {name}": row for name, row in step.figures(rate).items()}
 
 
 def _gib(num_bytes: int | None) -> float | None:

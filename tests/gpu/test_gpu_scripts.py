@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,16 +33,35 @@ def test_without_a_card_it_says_so() -> None:
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
+def at_toy_size(out: Path, *parts: str) -> dict[str, Any]:
+    """The engine's part is left out: tests/actors/test_generator.py starts such an engine and is enough."""
+    out = out / "figures.json"
+    done = python("--device", "cpu", "--tiny", "--no-engine", "--json", str(out), "--only", *parts)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    figures: dict[str, Any] = json.loads(out.read_text())
+    return figures
+
+
 @pytest.mark.slow
 def test_the_same_code_runs_at_toy_size(tmp_path: Path) -> None:
-    """The engine's part is left out: tests/actors/test_generator.py starts such an engine and is enough."""
-    done = python("--device", "cpu", "--tiny", "--no-engine", "--json", str(tmp_path / "figures.json"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = json.loads((tmp_path / "figures.json").read_text())
+    figures = at_toy_size(tmp_path, "kernel", "precision", "step", "replay", "scorer")
+    assert figures["log-probability kernel"]["max_abs_error_nats"] < 1e-4
+    assert figures["bfloat16 against float64"]["head_max_nats"] < 1e-4
+    replayed = figures["routing replay, families"]
+    assert replayed["families"] == replayed["own_routes_change_no_bit"] == replayed["recomputed_alike"]
+    assert figures["scorer"]["tokens_per_s"] > 0
     assert figures["machine"]["toy_size"] is True
     for part in ("live", "recorded", "replayed"):
         step = figures[f"training step, {part}"]
         assert step["tokens_per_s"] > 0 and step["share_of_matmul_rate"] > 0
+
+
+@pytest.mark.slow
+def test_the_trainer_s_parts_run_at_toy_size(tmp_path: Path) -> None:
+    figures = at_toy_size(tmp_path, "agreement", "pace", "estimate")
+    assert figures["trainer against the CPU, float32, ZeRO 2"]["losses_off_relative"] < 1e-5
+    assert figures["trainer's pace, bfloat16, ZeRO 2"]["weighted_over_sft"] > 0
+    assert figures["plan, ZeRO 2"]["planned_step_s"] > 0
 
 
 def test_floating_point_operations_of_a_step_are_those_of_the_products() -> None:

@@ -91,6 +91,9 @@ class Case:
         with torch.device(self.device):
             model = Qwen3MoeForCausalLM(self.config()).to(torch.bfloat16)
         model.save_pretrained(directory)
+        del model
+        if self.device == "cuda":  # other processes want the room
+            torch.cuda.empty_cache()
         return directory
 
     def rows(self) -> list[Sample]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeseek_ray.objectives import head
 from modeseek_ray.objectives.logprobs import Head, KlDirection, token_kl, token_kls, token_scores
 
 M, D, V = 37, 16, 101
@@ -52,6 +53,39 @@ def test_log_probs_and_gradients_are_those_of_the_full_logits(
     for ours, reference in zip((hidden, weight, bias), exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), reference.grad, rtol=1e-5, atol=2e-5)
     assert torch.equal(scores.correct_M, logits.argmax(1) == targets())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_bfloat16_products_in_matrix_units_lose_nothing(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's way, its products computed here in float32: as near to float64 as float32 copies are."""
+    monkeypatch.setattr(head, "multiplies_as_stored", lambda *_: True)
+    hidden, weight, bias = random_head(torch.bfloat16)
+    upstream_M = torch.linspace(-1, 2, M)
+    scores = token_scores(hidden, weight, targets(), bias_V=bias, temperature=temperature, chunk_positions=8)
+    (scores.log_prob_M * upstream_M).sum().backward()
+
+    exact = as_float64(hidden, weight, bias)
+    logits = (exact[0] @ exact[1].t() + exact[2]) / temperature
+    expected_M = -F.cross_entropy(logits, targets(), reduction="none")
+    (expected_M * upstream_M).sum().backward()
+
+    torch.testing.assert_close(scores.log_prob_M.double(), expected_M, rtol=0, atol=1e-5)
+    for ours, reference in zip((hidden, weight, bias), exact, strict=True):
+        # One rounding to bfloat16 at the very end: 2^-8 relative.
+        torch.testing.assert_close(ours.grad.double(), reference.grad, rtol=2**-8, atol=1e-4)
+
+
+def test_two_bfloat16_halves_keep_sixteen_bits_of_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 + 2^-12 is lost in bfloat16, and is what this weight's gradient is a multiple of."""
+    monkeypatch.setattr(head, "multiplies_as_stored", lambda *_: True)
+    logits = head.Logits(torch.ones(1, 2).bfloat16(), Head(torch.ones(3, 2).bfloat16()), size=1)
+    gradients = head.Gradients(logits, (True, True, False))
+    gradients.add(slice(0, 1), torch.full((1, 3), 1 + 2**-12))
+    assert gradients.weight_VD is not None and gradients.hidden_MD is not None
+    assert torch.equal(gradients.weight_VD, torch.full((3, 2), 1 + 2**-12))
+    assert torch.equal(gradients.hidden_MD, torch.full((1, 2), 3 * (1 + 2**-12)))
 
 
 def test_frozen_parts_get_no_gradient() -> None:
