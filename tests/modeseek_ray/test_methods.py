@@ -49,7 +49,7 @@ def test_clip_is_ppo_where_ratios_can_leave_one() -> None:
         ({"preset": "grpo", "rollout": {"temperature": 0.0}}, "temperature is 0"),
         ({"preset": "grpo", "rollout": {"top_p": 0.9}, "clip": {}}, "top_p below 1"),
         ({"preset": "grpo", "training": {"batch_size": 8}}, "prompts_per_round"),
-        ({"preset": "iterative", "rounds": 2}, "set rounds to 1"),
+        ({"preset": "iterative", "rounds": 2}, "Set rounds to 1"),
         ({"preset": "grpo", "rollout": {"steer": 0.5}}, "steer goes by weights of likelihood"),
         ({"preset": "grpo", "guards": {"moving_average": 0.5}}, "all new"),
         ({"preset": "grpo", "rollout": {"max_stalenes": 1}}, "max_stalenes"),
