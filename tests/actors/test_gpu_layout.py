@@ -64,11 +64,11 @@ def test_colocated_engines_share_their_trainer_s_card() -> None:
         ({"tensor_parallel": 2, "gpus_per_worker": 0.5}, "needs whole GPUs"),
         ({"colocated": True, "generators": 2}, "need as many trainers"),
         ({"colocated": True, "gpus_per_worker": 1.0}, "set it to 0.5 or less"),
-        ({"weight_transfer": "nccl"}, "gpus_per_worker 0 gives no worker a GPU of its own; .* to auto"),
+        ({"weight_transfer": "nccl"}, r"gpus_per_worker 0 gives no worker a GPU of its own\. .* to auto"),
         ({"weight_transfer": "nccl", "gpus_per_worker": 0.5}, "gpus_per_worker 0.5 gives no worker a GPU"),
         (
             {"weight_transfer": "nccl", "gpus_per_worker": 0.5, "colocated": True},
-            "cannot be in one communicator twice; .* weight_transfer to auto",
+            r"cannot be in one communicator twice\. .* weight_transfer to auto",
         ),
     ],
 )
