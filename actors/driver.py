@@ -129,9 +129,11 @@ class Driver:
         directory = self._checkpoints.latest()
         if directory is not None:
             self.state = DriverState(**self._checkpoints.read_controller(directory))
-            await self._trainer.load(directory)
+            inexact = await self._trainer.load(directory)
             self._source.restore(self.state.cursor)
             await self._journal.message(f"Resumed from {directory.name} at step {self.state.step}.")
+            if inexact is not None:
+                await self._journal.message(inexact, level="warn")
             await self._sync()
 
     async def _await_rollout(self) -> None:

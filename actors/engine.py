@@ -18,11 +18,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from actors.rng import restore_rng, rng_state
+from actors.resharding import can_reshard, reshard, shard_files
+from actors.rng import derive_rng, restore_rng, rng_state
 from modeseek_ray.config import Resources, Training
 from modeseek_ray.errors import StorageError
 
@@ -237,20 +239,38 @@ class ZeroEngine:
         if rank == 0:
             (directory / _LAYOUT).write_text(json.dumps(self._layout()), encoding="utf-8")
 
-    def load(self, directory: Path) -> None:
-        """Continue bit for bit where `save` was called. Raises `StorageError` for another layout."""
+    def load(self, directory: Path) -> str | None:
+        """Continue bit for bit where `save` was called. Raises `StorageError` for another layout.
+
+        Another number of ranks is possible below ZeRO-3: the weights and the optimizer are the same, what
+        follows is not, bit for bit. Returns a sentence that says so.
+        """
         saved = json.loads((directory / _LAYOUT).read_text(encoding="utf-8"))
-        if saved != self._layout():
+        moved = saved["ranks"] != self._world_size
+        partitioned = self.zero_stage > 0
+        if saved != {**self._layout(), "ranks": saved["ranks"]} or (
+            moved and partitioned and not can_reshard(self._engine.optimizer)
+        ):
             raise StorageError(
                 f"the checkpoint was written with {saved}, this job runs with {self._layout()}.",
                 file=str(directory),
-                mend="Resume with the same resources.trainers, zero_stage and dtype.",
+                mend="Resume with the same resources.trainers, zero_stage and dtype; below ZeRO-3 in float32 "
+                "the number of trainers may change.",
             )
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        resharded = moved and partitioned
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG, load_module_only=resharded)
         if path is None:
             raise StorageError("DeepSpeed could not load the checkpoint.", file=str(directory))
         rank = torch.distributed.get_rank()
-        restore_rng(json.loads((directory / f"rng-{rank}.json").read_text(encoding="utf-8")))
+        if resharded:
+            files = shard_files(directory / _TAG, saved["ranks"])
+            shards = [self._engine.checkpoint_engine.load(str(f), "cpu")[OPTIMIZER_STATE_DICT] for f in files]
+            reshard(shards, self._engine.optimizer, rank, self._world_size)
+        if rank < saved["ranks"]:
+            restore_rng(json.loads((directory / f"rng-{rank}.json").read_text(encoding="utf-8")))
+        else:
+            derive_rng((directory / "rng-0.json").read_text(encoding="utf-8"), rank)
+        return _inexact(saved["ranks"], self._world_size) if moved else None
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -265,6 +285,13 @@ class ZeroEngine:
 
     def _layout(self) -> dict[str, Any]:
         return {"ranks": self._world_size, "zero_stage": self.zero_stage, "dtype": self.dtype}
+
+
+def _inexact(before: int, now: int) -> str:
+    return (
+        f"Resumed inexactly: {before} ranks -> {now}. Weights and optimizer are those of the checkpoint; from here "
+        "on gradients are summed in another order, so that the bits differ from a run in one go."
+    )
 
 
 class _TensorsOnly(TorchCheckpointEngine):

@@ -261,10 +261,10 @@ class Policy:
     def save(self, directory: Path) -> None:
         self.engine.save(directory)
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path) -> str | None:
         self._step_passes.let_go()
         self._begun.clear()
-        self.engine.load(directory)
+        return self.engine.load(directory)
 
     def export(self, directory: Path) -> None:
         """Gather the trained weights into a copy of the model on rank 0 and write that."""

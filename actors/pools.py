@@ -224,9 +224,10 @@ class TrainerPool:
     async def save(self, directory: Path) -> None:
         await self._all("save", str(directory))
 
-    async def load(self, directory: Path) -> None:
+    async def load(self, directory: Path) -> str | None:
         self._begun = None
-        await self._all("load", str(directory))
+        note: str | None = (await self._all("load", str(directory)))[0]
+        return note
 
     async def export(self, directory: Path) -> None:
         await self._all("export", str(directory))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +35,12 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_decode(state["cuda"]))
+
+
+def derive_rng(state: str, rank: int) -> None:
+    """For a rank that was not there when `state` (rank 0's, as saved) was: its own, and the same every time."""
+    digest = hashlib.sha256(f"{rank} {state}".encode()).digest()
+    seed_everything(int.from_bytes(digest[:8], "big"))
 
 
 def seed_everything(seed: int) -> None:

@@ -91,7 +91,9 @@ class Trainer(Protocol):
         """Write every rank's shard and RNG into `directory`. Await before the next `step`, which mutates them."""
         ...
 
-    async def load(self, directory: Path) -> None: ...
+    async def load(self, directory: Path) -> str | None:
+        """Continue from `save`. Returns what is not exact about it, as a sentence; None where all is."""
+        ...
 
     async def export(self, directory: Path) -> None:
         """Write Hugging Face safetensors (merged, and the adapter beside it with LoRA)."""

@@ -115,9 +115,12 @@ class TrainerRank:
         """Write this rank's shard of the training state. Await before the next `step`."""
         self._ready().save(Path(directory))
 
-    def load(self, directory: str) -> None:
-        """Continue bit for bit from `save`. Only the same number of ranks, ZeRO stage and dtype can."""
-        self._ready().load(Path(directory))
+    def load(self, directory: str) -> str | None:
+        """Continue bit for bit from `save`; with another number of ranks not quite, which the sentence says.
+
+        Another ZeRO stage or dtype is refused.
+        """
+        return self._ready().load(Path(directory))
 
     def export(self, directory: str) -> None:
         """Write a Hugging Face directory (rank 0): safetensors, configuration, tokenizer, chat template."""

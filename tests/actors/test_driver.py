@@ -117,6 +117,7 @@ class FakeTrainer:
 
 class FakeJournal:
     def __init__(self, stop_at: int | None = None, wanted: str = "cancel") -> None:
+        self.messages: list[tuple[str, str]] = []
         self.steps: list[int] = []
         self.weights: list[np.ndarray] = []
         self.reports: list[StepReport] = []
@@ -127,7 +128,8 @@ class FakeJournal:
         self.stop_at = stop_at
         self.wanted = wanted
 
-    async def message(self, text: str, **_: Any) -> None: ...
+    async def message(self, text: str, *, level: str = "info", **_: Any) -> None:
+        self.messages.append((level, text))
 
     async def section(self, name: str, *, deadline_s: float) -> None: ...
 
@@ -240,6 +242,19 @@ async def test_a_resumed_attempt_goes_on_where_the_checkpoint_stands() -> None:
     assert second.calls[0] == "load"
     assert (journal.steps, outcome.state.step) == ([3, 4], 4)
     assert [p.step for p in second.plans] == [2, 3]
+
+
+async def test_what_is_not_exact_about_a_resume_is_a_warning() -> None:
+    class Moved(FakeTrainer):
+        async def load(self, directory: Path) -> str:
+            return "Resumed inexactly: 2 ranks -> 1."
+
+    checkpoints, journal = MemoryCheckpoints(), FakeJournal()
+    stopped = FakeJournal(stop_at=3)
+    await _driver(_plan(), trainer=FakeTrainer(), journal=stopped, checkpoints=checkpoints).run()
+    await _driver(_plan(), trainer=Moved(), journal=journal, checkpoints=checkpoints).run()
+    assert ("warn", "Resumed inexactly: 2 ranks -> 1.") in journal.messages
+    assert stopped.messages == []
 
 
 async def test_a_pause_saves_what_was_trained() -> None:
