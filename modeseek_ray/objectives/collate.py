@@ -51,14 +51,17 @@ class Batch:
         return Batch(**moved)
 
 
-def collate(samples: Sequence[Sample], picks: Sequence[int] | np.ndarray, pad_id: int) -> Batch:
-    """The samples at `picks`, in that order, padded on the right to the longest of them.
+def collate(
+    samples: Sequence[Sample], picks: Sequence[int] | np.ndarray, pad_id: int, *, multiple_of: int = 1
+) -> Batch:
+    """The samples at `picks`, in that order, padded on the right to the longest, and to a `multiple_of` so many.
 
     Padding on the right changes nothing under a causal mask; `pad_id` may be any id the embedding has.
     Raises `DataError` if a sample claims to train on its first token, which nothing predicts.
     """
     chosen = [samples[int(i)] for i in picks]
     length = max((s.length for s in chosen), default=0)
+    length = -(-length // multiple_of) * multiple_of
     input_ids_BS = np.full((len(chosen), length), pad_id, dtype=np.int64)
     attention_mask_BS = np.zeros((len(chosen), length), dtype=np.int64)
     trained_BS = np.zeros((len(chosen), length), dtype=np.bool_)

@@ -118,9 +118,10 @@ class ScoringModel(nn.Module):
     def forward(
         self,
         input_ids_BS: Tensor,
-        attention_mask_BS: Tensor,
+        attention_mask_BS: Tensor | None,
         positions_M: Tensor,
         target_M: Tensor,
+        position_ids_BS: Tensor | None = None,
         *,
         entropy: bool = False,
         statistics: bool = False,
@@ -129,11 +130,13 @@ class ScoringModel(nn.Module):
     ) -> TokenScores:
         """Score `target_M`; `positions_M` indexes B * S at the position that predicts each of them.
 
+        `position_ids_BS` says which positions these are where they are not the first of their sequences.
         `entropy` adds the policy's, `statistics` that of its top tokens as well, `keep_hidden` the head's
         input, `reference` the KL against it.
         """
+        more = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
         hidden_BSD = self.backbone(
-            input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False
+            input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, **more
         ).last_hidden_state
         hidden_MD = hidden_BSD.flatten(0, 1).index_select(0, positions_M)
         scores: TokenScores = self.head(hidden_MD, target_M, self.scale, statistics, reference, entropy)

@@ -37,6 +37,13 @@ def test_positions_predict_their_targets() -> None:
     assert (batch.num_positions, batch.num_padded) == (8, 1)
 
 
+def test_padded_to_a_multiple() -> None:
+    batch = collate(SAMPLES, [1], pad_id=9, multiple_of=4)
+    assert batch.input_ids_BS.tolist() == [[1, 2, 3, 9]]
+    assert (batch.positions_M.tolist(), batch.num_padded) == ([0, 1], 1)
+    assert collate(SAMPLES, [2, 1], pad_id=0, multiple_of=3).input_ids_BS.shape == (2, 6)
+
+
 def test_a_sample_with_nothing_to_train_on() -> None:
     batch = collate(SAMPLES, np.array([0, 1]), pad_id=0)
     assert batch.num_tokens_B.tolist() == [0, 2]
