@@ -147,6 +147,10 @@ class RayPlacement:
         seats, self._trainer_seats = self._trainer_seats[:count], self._trainer_seats[count:]
         remote_rank = ray.remote(TrainerRank)
         nodes = _nodes_of(seats)
+        if spec.resources.sequence_parallel > 1:
+            # Neighbours exchange heads in every layer: on one node, if it can be.
+            seats = [seat for _, seat in sorted(zip(nodes, seats, strict=True), key=lambda pair: pair[0])]
+            nodes = sorted(nodes)
         self._rank_0 = seats[0]
         address, port = await self.meeting()
         ranks = [
@@ -164,7 +168,7 @@ class RayPlacement:
             )
             for rank in range(count)
         ]
-        return TrainerPool(ranks, deal)
+        return TrainerPool(ranks, deal, spec.resources.sequence_parallel)
 
     async def meeting(self) -> tuple[str, int]:
         """Where processes can meet rank 0: its node's address, and a port that is free there."""

@@ -5,6 +5,9 @@
 A rank cuts its samples into micro-batches of similar length. Ranks differ in how many they need, but
 ZeRO's collectives run in every forward and backward pass, so all go through as many as the rank with
 most: those with fewer compute a two-token sample of weight zero, a dummy.
+
+Ranks that share their samples (`sequence.py`) each compute a part of every micro-batch; what a `Forward`
+says is of the whole one, on all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from actors.engine import ZeroEngine
 from actors.lora import adapters_off
+from actors.sequence import Part, SequenceGroup
 from modeseek_ray.config import Resources
 from modeseek_ray.data.batching import pack
 from modeseek_ray.errors import ModelError
@@ -86,6 +90,7 @@ class ForwardPasses:
         module: ScoringModel,
         objective: Objective,
         resources: Resources,
+        sequence: SequenceGroup,
         frozen: ScoringModel | None = None,
     ) -> None:
         """`frozen` is pi_0 where the objective needs it beside the policy and there is no adapter to switch off.
@@ -96,6 +101,7 @@ class ForwardPasses:
         self._module = module
         self._objective = objective
         self._resources = resources
+        self._sequence = sequence
         self._frozen = frozen
         self._frozen_head = None if frozen is None else frozen.frozen_head()
         self._routed_model = has_routes(module)
@@ -104,8 +110,11 @@ class ForwardPasses:
             self._balancing = LoadBalancing.of(module, unwrap(module.model))
 
     def cut(self, samples: Sequence[Sample]) -> list[IntArray]:
-        """Micro-batches of this rank, filled up with empty ones to the most any rank has. Collective."""
-        length_N = np.array([s.length for s in samples], dtype=np.int64)
+        """Micro-batches of this rank, filled up with empty ones to the most any rank has. Collective.
+
+        Limits are on what one rank computes: of a sequence that is shared, its own part.
+        """
+        length_N = np.array([-(-s.length // self._sequence.size) for s in samples], dtype=np.int64)
         cuts = pack(length_N, self._resources.micro_batch_tokens, self._resources.micro_batch_size)
         return cuts + [_NO_SAMPLES] * (self._engine.maximum(len(cuts)) - len(cuts))
 
@@ -125,21 +134,22 @@ class ForwardPasses:
         `log_reference` asks for pi_0's log-probabilities, `start_kl` for the KL to pi_0 as it is beside the
         policy."""
         for index_B in self.cut(samples) if cuts is None else cuts:
-            batch = self._collate(samples, index_B)
-            has_reference = reference_of is not None and len(index_B) > 0
-            reference = (
-                reference_of([samples[i] for i in index_B]) if has_reference and reference_of else None
-            )
-            start = self._start_scores(batch) if log_reference or start_kl else None
-            log_reference_M = None if start is None else start.log_prob_M
+            part = self._part(samples, index_B)
+            reference = None
+            if reference_of is not None and len(index_B):
+                reference = reference_of([samples[i] for i in index_B])
+                reference = reference._replace(hidden_MD=part.of_tokens(reference.hidden_MD))
+            start = self._start_scores(part) if log_reference or start_kl else None
+            log_reference_M = None if start is None else part.tokens(start.log_prob_M)
             if start is not None and start.hidden_M is not None and start_kl:
                 reference = Reference(start.hidden_M, "both", self._frozen_head)
             self._module.eval()
-            with torch.no_grad(), self._routed(index_B, batch, routing) as observed:
+            with torch.no_grad(), self._routed(index_B, part, routing) as observed:
                 scores = self._module(
-                    *_inputs(batch), entropy=entropy, keep_hidden=keep_hidden, reference=reference
+                    *part.inputs, entropy=entropy, keep_hidden=keep_hidden, reference=reference
                 )
-            yield _with_routes(Forward(index_B, batch, scores, log_reference_M), routing, observed)
+                scores = part.scores(scores)
+            yield _with_routes(Forward(index_B, part.whole, scores, log_reference_M), routing, observed, part)
 
     def train(
         self,
@@ -152,35 +162,37 @@ class ForwardPasses:
         """With gradient, in training mode, one at a time. `log_reference` asks for pi_0's log-probabilities."""
         statistics = self._objective.token_factor == "eaft"
         for index_B in cuts:
-            batch = self._collate(samples, index_B)
-            reference, log_reference_M = self._reference(batch, log_reference)
+            part = self._part(samples, index_B)
+            reference, log_reference_M = self._reference(part, log_reference)
             self._module.train()
             watching: AbstractContextManager[list[Tensor]] = nullcontext([])
             if self._balancing is not None:
                 watching = self._balancing.watching()
-            with self._routed(index_B, batch, routing, watch=True) as observed, watching as logits:
+            with self._routed(index_B, part, routing, watch=True) as observed, watching as logits:
                 scores = self._engine.forward(
-                    *_inputs(batch), entropy=True, statistics=statistics, reference=reference
+                    *part.inputs, entropy=True, statistics=statistics, reference=reference
                 )
-            forward = Forward(index_B, batch, scores, log_reference_M)
+            forward = Forward(index_B, part.whole, part.scores(scores), log_reference_M)
             if self._balancing is not None:
-                balance = self._balancing.loss(logits, batch.attention_mask_BS)
+                whole = [part.positions(gate.flatten(0, -2)) for gate in logits]
+                balance = self._balancing.loss(whole, part.whole.attention_mask_BS)
                 forward = replace(forward, balance=balance)
             if observed is not None and len(index_B):
-                forward = replace(forward, load_L=observed.load(batch.attention_mask_BS))
-            yield _with_routes(forward, routing, observed)
+                load_L = observed.load(part.own.attention_mask_BS)
+                forward = replace(forward, load_L=self._sequence.total(load_L, self._engine.device))
+            yield _with_routes(forward, routing, observed, part)
 
     @contextmanager
     def _routed(
-        self, index_B: IntArray, batch: Batch, routing: Routing, *, watch: bool = False
+        self, index_B: IntArray, part: Part, routing: Routing, *, watch: bool = False
     ) -> Iterator[Recording | Replay | None]:
         """The one forward pass of a micro-batch goes in here. Recomputation in the backward pass takes the
         same routes after the context was left. `watch`: observe an MoE model whatever its routes are."""
         replayed_N = routing.replayed_N
         given_B = [] if replayed_N is None else [replayed_N[i] for i in index_B]
         if any(routes is not None for routes in given_B):
-            routes_BSLK = batch_routes(given_B, batch.input_ids_BS.shape[1])
-            with replay_routes(self._module, routes_BSLK, keep_live=watch) as replay:
+            routes_BSLK = batch_routes(given_B, part.whole.input_ids_BS.shape[1])
+            with replay_routes(self._module, part.of_routes(routes_BSLK), keep_live=watch) as replay:
                 yield replay if watch else None
         elif (routing.record or (watch and self._routed_model)) and len(index_B):
             with record_routes(self._module) as recording:
@@ -188,30 +200,34 @@ class ForwardPasses:
         else:
             yield None
 
-    def _reference(self, batch: Batch, log_reference: bool) -> tuple[Reference | None, Tensor | None]:
-        """pi_0 on this micro-batch, where it is asked for: hidden states for a KL, log p for a factor or ratio."""
+    def _reference(self, part: Part, log_reference: bool) -> tuple[Reference | None, Tensor | None]:
+        """pi_0 on this micro-batch, where it is asked for: this rank's hidden states for a KL, all log p for a
+        factor or ratio."""
         direction = self._objective.kl_direction
         if direction is None and not log_reference and self._objective.token_factor != "ratio_token":
             return None, None
-        scores = self._start_scores(batch)
+        scores = self._start_scores(part)
+        log_reference_M = part.tokens(scores.log_prob_M)
         if direction is None or scores.hidden_M is None:
-            return None, scores.log_prob_M
-        return Reference(scores.hidden_M, direction, self._frozen_head), scores.log_prob_M
+            return None, log_reference_M
+        return Reference(scores.hidden_M, direction, self._frozen_head), log_reference_M
 
     @torch.no_grad()
-    def _start_scores(self, batch: Batch) -> TokenScores:
-        """Of the frozen copy, or of the model with its adapters off."""
+    def _start_scores(self, part: Part) -> TokenScores:
+        """Of the frozen copy, or of the model with its adapters off; this rank's tokens alone."""
         if self._frozen is not None:
-            frozen: TokenScores = self._frozen(*_inputs(batch), keep_hidden=True)
+            frozen: TokenScores = self._frozen(*part.inputs, keep_hidden=True)
             return frozen
         self._module.eval()
         with adapters_off(self._module.model):
-            scores: TokenScores = self._module(*_inputs(batch), keep_hidden=True)
+            scores: TokenScores = self._module(*part.inputs, keep_hidden=True)
         return scores
 
-    def _collate(self, samples: Sequence[Sample], index_B: IntArray) -> Batch:
-        batch = collate(samples, index_B, pad_id=0) if len(index_B) else collate([_DUMMY], [0], pad_id=0)
-        return batch.to(self._engine.device)
+    def _part(self, samples: Sequence[Sample], index_B: IntArray) -> Part:
+        """This rank's part of a micro-batch; of a dummy for an empty one."""
+        chosen, picks = (samples, index_B) if len(index_B) else ([_DUMMY], [0])
+        batch = collate(chosen, picks, pad_id=0, multiple_of=self._sequence.size)
+        return self._sequence.part(batch.to(self._engine.device))
 
 
 def needs_reference(objective: Objective) -> bool:
@@ -246,11 +262,9 @@ def has_routes(module: ScoringModel) -> bool:
     return True
 
 
-def _with_routes(forward: Forward, routing: Routing, observed: Recording | Replay | None) -> Forward:
+def _with_routes(
+    forward: Forward, routing: Routing, observed: Recording | Replay | None, part: Part
+) -> Forward:
     if routing.record and isinstance(observed, Recording):
-        return replace(forward, routes_BSLK=observed.routes)
+        return replace(forward, routes_BSLK=part.routes(observed.routes))
     return forward
-
-
-def _inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return batch.input_ids_BS, batch.attention_mask_BS, batch.positions_M, batch.target_M

@@ -21,7 +21,7 @@ from actors.allocator import return_freed_memory
 from actors.attention import make_repeatable
 from actors.begun import Begun, Measured, compared_with_writers, require
 from actors.distance import StartWeights
-from actors.engine import ZeroEngine, deepspeed_config, join, norm_after_clipping
+from actors.engine import COLLECTIVE_TIMEOUT, ZeroEngine, deepspeed_config, join, norm_after_clipping
 from actors.export import write_export
 from actors.forward import ForwardPasses, Routing, log_probs, needs_reference
 from actors.lora import adapters_off
@@ -29,8 +29,10 @@ from actors.loss import loss_share
 from actors.messages import RankBeginning, RankEvaluation, RankReport
 from actors.passes import StepPasses
 from actors.rng import seed_everything
+from actors.sequence import SequenceGroup
 from actors.start import Start
 from actors.tally import Seconds, Tally
+from actors.ulysses import parallelise, probe, verify
 from actors.weight_chunks import ChunkFacts, WeightChunk
 from actors.weights_out import token_log_probs, weight_chunks
 from modeseek_ray.errors import ConfigError, NumericsError
@@ -67,6 +69,9 @@ class Policy:
         ]
         has_dropout = modeling.is_stochastic(self._module.model)
         _check_model(spec, self._module, has_dropout)
+        self._sequence = SequenceGroup(spec.resources.sequence_parallel, rank, world_size, COLLECTIVE_TIMEOUT)
+        expected = probe(self._module, self._sequence)
+        parallelise(self._module, spec.resources, self._sequence)
         # Without an adapter to switch off, pi_0 beside the policy is a second set of weights.
         frozen = None
         if needs_reference(spec.objective) and spec.training.lora is None:
@@ -80,7 +85,10 @@ class Policy:
         )
         if frozen is not None:
             frozen.to(self.engine.device)
-        self._passes = ForwardPasses(self.engine, self._module, spec.objective, spec.resources, frozen)
+        verify(self._module, self.engine, self._sequence, expected)
+        self._passes = ForwardPasses(
+            self.engine, self._module, spec.objective, spec.resources, self._sequence, frozen
+        )
         self._start = Start()
         self._start_weights = StartWeights(self.engine, self._module.model, rank, world_size)
         self._step_passes = StepPasses(
@@ -111,6 +119,7 @@ class Policy:
             "dtype": self._spec.resources.dtype,
             "device": str(self.engine.device),
             "ranks": torch.distributed.get_world_size(),
+            "sequence_parallel": self._sequence.size,
             "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
         }
 
@@ -199,10 +208,10 @@ class Policy:
             past_N = compared_with_writers(samples, past_N, plan.step)
         seconds, self._seconds = self._seconds, Seconds()
         count, forwards = self._step_passes.of_step(samples, past_N)
-        num_tokens = self.engine.total(sum(s.num_tokens for s in samples))
+        num_tokens = self._total(sum(s.num_tokens for s in samples))
         num_positions = 0
         if self._spec.objective.router_aux_loss_coef > 0:
-            num_positions = self.engine.total(sum(s.length for s in samples))
+            num_positions = self._total(sum(s.length for s in samples))
         tally = Tally()
         for position in range(count):
             with seconds.measure("forward"):
@@ -302,13 +311,17 @@ class Policy:
     def weights_sha256(self) -> str:
         return self.engine.sha256(self._module.model)
 
+    def _total(self, value: int) -> int:
+        """The sum over the global batch: ranks that share samples count them once."""
+        return self.engine.total(value) // self._sequence.size
+
     def _refuse_nonfinite(
         self, positions: Sequence[int], samples: Sequence[Sample], step: int, what: str
     ) -> None:
         """Raise `NumericsError` on every rank, naming rows of all of them, if any rank found something."""
         if self.engine.maximum(len(positions)) == 0:
             return
-        rows = sorted(r for part in self.engine.collect([samples[i].row for i in positions]) for r in part)
+        rows = sorted({r for part in self.engine.collect([samples[i].row for i in positions]) for r in part})
         more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
         raise NumericsError(
             f"step {step}: the {what} of row(s) {', '.join(map(str, rows[:8]))}{more} is not finite;"

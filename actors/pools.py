@@ -147,10 +147,18 @@ def deal_parts(length_N: IntArray, num_ranks: int, parts: Sequence[IntArray], de
 
 
 class TrainerPool:
-    """`roles.Trainer` over data-parallel ranks. Every rank gets every call, in the same order."""
+    """`roles.Trainer` over data-parallel ranks. Every rank gets every call, in the same order.
 
-    def __init__(self, ranks: Sequence[Worker], deal: Deal) -> None:
+    `ranks_per_group` neighbours share their samples (resources.sequence_parallel): they are handed the same
+    ones and all know the same about them, so that the first of each group speaks for it.
+    """
+
+    def __init__(self, ranks: Sequence[Worker], deal: Deal, ranks_per_group: int = 1) -> None:
+        if len(ranks) % ranks_per_group:
+            raise ValueError(f"{len(ranks)} ranks in groups of {ranks_per_group}")
         self._ranks = ranks
+        self._ranks_per_group = ranks_per_group
+        self._num_groups = len(ranks) // ranks_per_group
         self._deal = deal
         self._begun: _Begun | None = None
 
@@ -183,7 +191,7 @@ class TrainerPool:
         whole = [np.arange(sum(len(g) for g in groups))]
         shards, blocks = split(
             groups,
-            len(self._ranks),
+            self._num_groups,
             lambda length_N, count: deal_parts(length_N, count, parts or whole, self._deal),
         )
         answers: list[RankBeginning] = await self._each("begin", [(s.picks, *blocks) for s in shards])
@@ -204,8 +212,8 @@ class TrainerPool:
 
     async def step(self, groups: Sequence[Group], plan: StepPlan) -> StepReport:
         """Samples that were begun stay on the rank that keeps their past. A rank may get none."""
-        shares = None if self._begun is None else self._begun.deal(groups, len(self._ranks))
-        shards, blocks = split(groups, len(self._ranks), self._deal if shares is None else lambda *_: shares)
+        shares = None if self._begun is None else self._begun.deal(groups, self._num_groups)
+        shards, blocks = split(groups, self._num_groups, self._deal if shares is None else lambda *_: shares)
         reports: list[RankReport] = await self._each(
             "step",
             [(s.picks, replace(plan, values_N=plan.values_N[s.order_N]), *blocks) for s in shards],
@@ -263,16 +271,18 @@ class TrainerPool:
         await asyncio.gather(*(rank.stop() for rank in self._ranks), return_exceptions=True)
 
     def _split(self, groups: Sequence[Group]) -> tuple[list[Shard], list[Any]]:
-        return split(groups, len(self._ranks), self._deal)
+        return split(groups, self._num_groups, self._deal)
 
     async def _all(self, method: str, *args: Any) -> list[Any]:
-        return await self._each(method, [args] * len(self._ranks))
+        return await self._each(method, [args] * self._num_groups)
 
     async def _each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call every rank."""
-        return await self._together(
-            [rank.call(method, *args) for rank, args in zip(self._ranks, arguments, strict=True)]
+        """Call every rank, with its group's arguments; the groups' answers."""
+        per_rank = [args for args in arguments for _ in range(self._ranks_per_group)]
+        answers = await self._together(
+            [rank.call(method, *args) for rank, args in zip(self._ranks, per_rank, strict=True)]
         )
+        return answers[:: self._ranks_per_group]
 
     async def _together(self, work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
         """All ranks' answers. The first failure wins: the others may be waiting for it in a collective.

@@ -4,7 +4,7 @@ This file loads neither torch nor DeepSpeed: the driver imports it to start rank
 DeepSpeed must be imported only after the rank's environment is set. The work is in `policy.py`.
 
 Every method but the constructor is collective: all ranks are called with the same method in the
-same order, each with its own samples (perhaps none).
+same order, each with its own samples (perhaps none); neighbours that share sequences with the same ones.
 """
 
 from __future__ import annotations

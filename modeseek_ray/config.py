@@ -60,7 +60,10 @@ class Resources(Strict):
     """What the job runs on. The defaults fit a laptop."""
 
     trainers: int = Field(1, ge=1, le=4096)
-    """Data-parallel DeepSpeed ranks."""
+    """DeepSpeed ranks, data-parallel but for `sequence_parallel`."""
+    sequence_parallel: int = Field(1, ge=1, le=64)
+    """Neighbouring trainers that share their samples, each with a part of every sequence (Ulysses): for samples too
+    long for one. A divisor of `trainers` and of the model's attention heads. Scorers hold whole samples."""
     zero_stage: int = Field(2, ge=0, le=3)
     """0 replicates everything; 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     scorers: int = Field(1, ge=1, le=4096)
@@ -89,7 +92,7 @@ class Resources(Strict):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     micro_batch_tokens: int = Field(8192, ge=1, le=100_000_000)
-    """Most positions (padding included) a rank computes at once."""
+    """Most positions (padding included) a rank computes at once; of a shared sequence, its own part."""
     micro_batch_size: int | None = Field(None, ge=1, le=1_000_000)
     """Most samples a rank computes at once; None = as many as fit micro_batch_tokens."""
     keep_graph: Literal["auto", "always", "never"] = "auto"
@@ -102,8 +105,27 @@ class Resources(Strict):
     gpus_per_worker: float = Field(0.0, ge=0, le=1)
     """GPUs of each trainer and scorer; a fraction shares a device. (GPU paths: see the README's table.)"""
 
+    @property
+    def trainer_groups(self) -> int:
+        """Trainers that hold different samples."""
+        return self.trainers // self.sequence_parallel
+
+    def check_heads(self, num_heads: int) -> None:
+        """Raise `ConfigError` where a model's attention heads cannot be dealt over those who share a sequence."""
+        if num_heads % self.sequence_parallel:
+            raise ConfigError(
+                f"{num_heads} attention heads do not divide by sequence_parallel {self.sequence_parallel}.",
+                param="resources.sequence_parallel",
+                mend="Set it to a divisor of the model's heads, or to 1.",
+            )
+
     @model_validator(mode="after")
     def _fit(self) -> Resources:
+        if self.trainers % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel {self.sequence_parallel} makes groups of so many trainers; set trainers to a"
+                f" multiple of it, not to {self.trainers}"
+            )
         if self.expert_parallel and self.tensor_parallel == 1:
             raise ValueError(
                 "expert_parallel deals experts out over tensor_parallel GPUs; set that above 1, or drop it"

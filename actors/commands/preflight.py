@@ -81,6 +81,7 @@ def preflight(config: JobConfig, data: DataReport, model_path: Path, *, has_beha
     data.raise_if_bad()
     model = ModelInfo.read(model_path)
     refuse_replay_without_experts(config, model)
+    config.resources.check_heads(model.num_heads)
     problems = weighting_problems(config, data.training, has_behavior=has_behavior)
     for problem in problems:
         if problem.severity == "error":

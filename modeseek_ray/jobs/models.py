@@ -43,6 +43,7 @@ class ModelInfo:
     experts_per_token: int = 0
     kv_values: int = 0  # values an engine keeps per position: keys and values of all layers
     tied_head: bool = False  # the embedding is the head, and stored once
+    num_heads: int = 0  # of attention, in most layers; 0 = the files do not say
 
     @property
     def num_active_parameters(self) -> int:
@@ -97,6 +98,7 @@ class ModelInfo:
                 tied_head=bool(
                     text_config.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
                 ),
+                num_heads=int(text_config.get("num_attention_heads") or 0),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(

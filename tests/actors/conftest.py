@@ -63,7 +63,7 @@ def start(ranks: Ranks, tiny_dense: Path) -> Iterator[Start]:
         for trainer in running:
             trainer.close()
         running.clear()
-        defaults = {"zero_stage": 2, "micro_batch_size": 2}
+        defaults = {"trainers": world_size, "zero_stage": 2, "micro_batch_size": 2}
         spec = TrainerSpec(
             model_path=str(model),
             objective=objective,

@@ -33,14 +33,21 @@ class Ranks:
         self._count = count
         self._fork()
 
-    def start(self, spec: TrainerSpec, world_size: int = 1) -> Trainer:
-        """A new trainer on the first `world_size` processes; the last one there must be closed."""
+    def start(
+        self, spec: TrainerSpec, world_size: int = 1, before: Callable[..., None] | None = None
+    ) -> Trainer:
+        """A new trainer on the first `world_size` processes; the last one there must be closed.
+
+        `before(rank)` is done inside them before the model is loaded.
+        """
         if self._stuck():
             self.stop()
             self._fork()
-        trainer = Trainer(self._pipes[:world_size])
+        trainer = Trainer(self._pipes[:world_size], spec.resources.sequence_parallel)
         port = find_free_port()
         trainer.ask([(_build, (spec, rank, world_size, port)) for rank in range(world_size)])
+        if before is not None:
+            trainer.inside(before)
         trainer.info = trainer.each("setup")[0]
         return trainer
 
@@ -71,8 +78,9 @@ class Trainer:
 
     info: dict[str, Any]
 
-    def __init__(self, pipes: Sequence[Connection]) -> None:
+    def __init__(self, pipes: Sequence[Connection], ranks_per_group: int = 1) -> None:
         self._pipes = pipes
+        self._ranks_per_group = ranks_per_group
 
     def ask(self, requests: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
         for pipe, request in zip(self._pipes, requests, strict=True):
@@ -101,13 +109,18 @@ class Trainer:
         return self.ask([(function, args)] * len(self._pipes))
 
     def split(self, samples: Sequence[Sample]) -> list[IntArray]:
-        return deal(np.array([s.length for s in samples]), len(self._pipes))
+        return deal(np.array([s.length for s in samples]), len(self._pipes) // self._ranks_per_group)
+
+    def of_groups(self, requests: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+        """One request a group of ranks that share their samples; the answers of the first rank of each."""
+        every = [request for request in requests for _ in range(self._ranks_per_group)]
+        return self.ask(every)[:: self._ranks_per_group]
 
     def per_sample(self, method: str, samples: Sequence[Sample], *args: Any) -> list[tuple[IntArray, Any]]:
         """A call on samples dealt out to the ranks: the indices each got, and what it answered."""
         shares = self.split(samples)
         requests = [(_call, (method, [(0, int(i)) for i in share], *args, list(samples))) for share in shares]
-        return list(zip(shares, self.ask(requests), strict=True))
+        return list(zip(shares, self.of_groups(requests), strict=True))
 
     def score(self, samples: Sequence[Sample], method: str = "score") -> FloatArray:
         log_prob_N = np.empty(len(samples))
@@ -121,14 +134,14 @@ class Trainer:
         for share in self.split(samples):
             own = StepPlan(**{**vars(plan), "values_N": plan.values_N[share]})
             requests.append((_call, ("step", [(0, int(i)) for i in share], own, list(samples))))
-        return self.ask(requests)
+        return self.of_groups(requests)
 
     def loss(self, samples: Sequence[Sample], plan: StepPlan) -> float:
         return sum(report.loss for report in self.step(samples, plan))
 
     def pool(self) -> TrainerPool:
         """The real pool over these ranks, for what only it does: `begin`, then steps on parts of the batch."""
-        return TrainerPool([PipeWorker(pipe) for pipe in self._pipes], deal)
+        return TrainerPool([PipeWorker(pipe) for pipe in self._pipes], deal, self._ranks_per_group)
 
     def sha256(self) -> str:
         hashes = set(self.each("weights_sha256"))
@@ -382,3 +395,61 @@ def nudge_routers(rank: TrainerRank, scale: float) -> None:
     for router in find_routers(rank._ready()._module):
         weight = router.module.weight.data
         weight.add_(torch.randn_like(weight) * weight.std() * scale)  # type: ignore[operator, arg-type]
+
+
+def num_micro_batches(rank: TrainerRank, samples: Sequence[Sample]) -> int:
+    """Into how many a rank's samples are cut."""
+    return len(rank._ready()._passes.cut(samples))
+
+
+def positions_seen(rank: TrainerRank, samples: Sequence[Sample]) -> dict[str, int]:
+    """Positions through the first layer's MLP and through the head in one training pass, and what autograd keeps."""
+    import torch
+
+    policy = rank._ready()
+    backbone: Any = policy._module.backbone
+    seen: dict[str, int] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            seen[name] = args[0].flatten(0, -2).shape[0]
+
+        return hook
+
+    kept: dict[int, int] = {}  # by storage: views count once, and parameters do not
+
+    def keep(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.nn.Parameter) and tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in policy._module.parameters()}
+    hooks = [
+        backbone.layers[0].mlp.register_forward_hook(count("mlp")),
+        policy._module.head.register_forward_hook(count("head")),
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        [forward] = list(policy._passes.train(samples, policy._passes.cut(samples)))
+    for hook in hooks:
+        hook.remove()
+    policy.engine.backward(forward.scores.log_prob_M.double().sum(), last=True)
+    return {**seen, "saved_bytes": sum(kept.values())}
+
+
+def shift_positions(rank: TrainerRank) -> None:
+    """The next model that is loaded here adds to each position's embedding that of the one before it."""
+    from actors import modeling
+
+    load = modeling.load_causal_lm
+
+    def shifted(*args: Any) -> Any:
+        modeling.load_causal_lm = load
+        model = load(*args)
+
+        def hook(module: Any, inputs: Any, output: Any) -> Any:
+            return output + output.roll(1, dims=1)
+
+        model.get_input_embeddings().register_forward_hook(hook)
+        return model
+
+    modeling.load_causal_lm = shifted

@@ -272,12 +272,14 @@ def test_local_mode_has_one_trainer(tiny_dense: Path, files: dict[str, Path], tm
 def test_ray_gives_the_same_job(
     ray_cluster: Any, tiny_moe: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    """One rank: the same bits as in this process. Two ranks: the same losses to rounding."""
+    """One rank: the same bits as in this process. Two, with samples of their own or shared: its losses to rounding."""
     from actors.cluster import RayPlacement
 
     local = _spec(tiny_moe, files, tmp_path / "local", ANCHORED)
     one = _spec(tiny_moe, files, tmp_path / "one", ANCHORED)
     two = _spec(tiny_moe, files, tmp_path / "two", ANCHORED, trainers=2, scorers=2)
     assert _run(one, RayPlacement(one.config.resources)).weights_sha256 == _run(local).weights_sha256
-    _run(two, RayPlacement(two.config.resources))
-    assert _losses(two) == pytest.approx(_losses(local), rel=1e-5)
+    shared = _spec(tiny_moe, files, tmp_path / "shared", ANCHORED, trainers=2, sequence_parallel=2)
+    for spec in (two, shared):
+        _run(spec, RayPlacement(spec.config.resources))
+        assert _losses(spec) == pytest.approx(_losses(local), rel=1e-5)

@@ -107,6 +107,22 @@ async def test_each_rank_gets_its_own_weights_and_figures_are_global() -> None:
     assert report.seconds == {"forward": float(max(len(r.plans[0][0]) for r in ranks))}
 
 
+async def test_ranks_that_share_samples_are_handed_the_same_and_count_once() -> None:
+    ranks = [EchoRank() for _ in range(4)]
+    pool = TrainerPool(ranks, deal, ranks_per_group=2)
+    scored = await pool.score(_groups())
+    assert np.concatenate([g.log_policy_N for g in scored]).tolist() == EXPECTED_N
+    values_N = np.arange(6.0)
+    report = await pool.step(_groups(), StepPlan(0, values_N, denominator=24.0, learning_rate=0.1))
+    for first, second in (ranks[:2], ranks[2:]):
+        ((picks, plan),), ((same_picks, same_plan),) = first.plans, second.plans
+        assert picks == same_picks and plan.values_N.tolist() == same_plan.values_N.tolist()
+    assert ranks[0].plans[0][0] != ranks[2].plans[0][0]
+    assert (report.loss, report.num_tokens) == (values_N.sum(), 24)
+    with pytest.raises(ValueError, match="3 ranks in groups of 2"):
+        TrainerPool(ranks[:3], deal, ranks_per_group=2)
+
+
 async def test_a_rank_that_dies_fails_the_call_at_once() -> None:
     with pytest.raises(WorkerError, match="rank 1 died"):
         await TrainerPool([EchoRank(), BrokenRank()], deal).score(_groups())
