@@ -193,7 +193,7 @@ def _padding_share(report: FileReport, config: JobConfig) -> float:
     return padding_share(
         np.array(report.lengths, dtype=np.int64),
         batch_size=64 if training.batch_size == "auto" else training.batch_size,
-        num_ranks=resources.trainers,
-        max_tokens=resources.micro_batch_tokens,
+        num_ranks=resources.trainer_groups,
+        max_tokens=resources.micro_batch_tokens * resources.sequence_parallel,
         max_samples=resources.micro_batch_size,
     )

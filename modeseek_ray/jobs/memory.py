@@ -33,6 +33,7 @@ ASSUMPTIONS = (
     f" {ACTIVATION_WIDTHS_MOE} in a mixture of experts; with gradient checkpointing one width per layer and"
     " one layer in full. Attention does not hold its [positions, positions] scores.",
     "Logits are never held: 64 MiB of them at a time (512 MiB on a GPU), forward and backward.",
+    "Ranks that share sequences hold equal parts of them; the head's work lies where the trained tokens do.",
     "Micro-batches are full. Allocator fragmentation is not counted: leave a tenth free.",
 )
 
@@ -150,18 +151,24 @@ def _logits_formula(resources: Resources) -> str:
     return "512 MiB" if resources.gpus_per_worker else "64 MiB"
 
 
-def routes_part(model: ModelInfo, positions: int, ranks: int) -> Part:
+def routes_part(model: ModelInfo, resources: Resources, positions: int) -> Part:
     """Expert ids of a round's samples, carried from the engines: uint8 up to 256 experts, else uint16."""
     width = 1 if model.num_experts <= 256 else 2
-    num_bytes = width * model.num_layers * model.experts_per_token * positions // ranks
-    return Part("routes", num_bytes, f"{width} L k x {positions:,} positions / R, k experts per token")
+    num_bytes = width * model.num_layers * model.experts_per_token * positions // resources.trainer_groups
+    formula = f"{width} L k x {positions:,} positions / {_groups(resources)}, k experts per token"
+    return Part("routes", num_bytes, formula)
 
 
-def remembered_part(model: ModelInfo, resources: Resources, probe_tokens: int, ranks: int) -> Part:
+def remembered_part(model: ModelInfo, resources: Resources, probe_tokens: int) -> Part:
     """For exact KL on the held-out files: pi_0's hidden states, dealt over the ranks, and its head."""
     b, h = value_bytes(resources), model.hidden_size
-    num_bytes = b * h * (model.vocab_size + probe_tokens // ranks)
-    return Part("start remembered", num_bytes, f"{b} h (V + {probe_tokens:,} / R)")
+    num_bytes = b * h * (model.vocab_size + probe_tokens // resources.trainer_groups)
+    return Part("start remembered", num_bytes, f"{b} h (V + {probe_tokens:,} / {_groups(resources)})")
+
+
+def _groups(resources: Resources) -> str:
+    """What samples are dealt over: ranks, or groups of those that share sequences and keep them whole."""
+    return "R" if resources.sequence_parallel == 1 else f"(R / {resources.sequence_parallel})"
 
 
 def start_weights_part(model: ModelInfo, resources: Resources, ranks: int) -> Part:

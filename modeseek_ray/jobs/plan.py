@@ -217,9 +217,9 @@ def _trainers(
         host.append(memory.start_weights_part(model, resources, ranks))
     if config.retention_file is not None or config.validation_file is not None:
         tokens = _file_tokens(data, "retention") + _file_tokens(data, "validation")
-        host.append(memory.remembered_part(model, resources, tokens, ranks))
+        host.append(memory.remembered_part(model, resources, tokens))
     if config.online is not None and config.online.routing_replay is not None:
-        host.append(memory.routes_part(model, _round_positions(config, model, data), ranks))
+        host.append(memory.routes_part(model, resources, _round_positions(config, model, data)))
     on_gpu = resources.gpus_per_worker > 0
     offloads = on_gpu and resources.offload_optimizer and memory.effective_stage(resources) > 0
     (host if offloads else parts).append(optimizer)
@@ -239,19 +239,21 @@ def _positions_held(config: JobConfig, training: ResolvedTraining | None, data: 
     """Positions whose activations one rank holds at once.
 
     One micro-batch; all of the rank's share of a batch where the scoring pass's graph is kept for the
-    step (ZeRO <= 2 and a weighting that looks at the policy), as far as the batch is known.
+    step (ZeRO <= 2 and a weighting that looks at the policy), as far as the batch is known. Of sequences
+    that several ranks share, its own part.
     """
     resources = config.resources
     mean_length = longest = None
     if data is not None and data.training.samples:
         mean_length = data.training.tokens / data.training.samples
-        longest = data.training.longest
+        longest = -(-data.training.longest // resources.sequence_parallel)
     micro = resources.micro_batch_tokens
     if resources.micro_batch_size is not None and longest is not None:
         micro = min(micro, resources.micro_batch_size * longest)
     if training is None or mean_length is None:
         return micro
-    share = -(-training.batch_size // resources.trainers) * mean_length / (1 - data_padding(data))
+    samples = -(-training.batch_size // resources.trainer_groups)
+    share = samples * mean_length / resources.sequence_parallel / (1 - data_padding(data))
     keeps = "policy" in needs(config.weighting) and resources.keep_graph != "never"
     keeps = keeps and config.routing_replay != "R0"  # scored under other experts than it is stepped on
     if keeps and memory.effective_stage(resources) <= 2:

@@ -173,6 +173,9 @@ def _train_parts(config: JobConfig, model: ModelInfo, on: Hardware, work: Worklo
     parts.append(_accumulation(config, model, on, share))
     parts.append(_optimizer(config, model, on, crowded))
     parts.append(_communication(config, model, on, share))
+    if resources.sequence_parallel > 1:
+        passes = sum(part.name in ("score policy", "forward", "frozen start", "backward") for part in parts)
+        parts.append(_exchange(config, model, on, share, passes + resources.gradient_checkpointing))
     return parts
 
 
@@ -234,6 +237,15 @@ def _communication(config: JobConfig, model: ModelInfo, on: Hardware, share: Wor
         moved = b * trainable + 2.0 * micro_batches * b * model.num_parameters
         formula = "(b A + 2 b P per micro-batch) (R - 1) / R: parameters are gathered forward and backward"
     return TimePart("between ranks", moved * (ranks - 1) / ranks / _link(on, ranks), formula)
+
+
+def _exchange(config: JobConfig, model: ModelInfo, on: Hardware, share: Workload, passes: int) -> TimePart:
+    """Ulysses: each pass sends a rank's queries, keys, values and attention's output around its group once."""
+    size = config.resources.sequence_parallel
+    values = 2 * model.hidden_size * model.num_layers + model.kv_values
+    moved = passes * memory.value_bytes(config.resources) * values * share.positions * (size - 1) / size
+    formula = "b n (2 h L + keys and values) (s - 1) / s per pass, s ranks that share sequences"
+    return TimePart("exchange heads", moved / _link(on, size), formula)
 
 
 def _link(on: Hardware, devices: int) -> float:
@@ -379,7 +391,7 @@ def _splits(
     found = []
     for generators in range(1, (total - 1) // tp + 1):
         trainers = total - generators * tp
-        if trainers < 1:
+        if trainers < 1 or trainers % config.resources.sequence_parallel:
             continue
         resources = config.resources.model_copy(update={"trainers": trainers, "generators": generators})
         divided = config.model_copy(update={"resources": resources})

@@ -123,6 +123,25 @@ def test_activations_of_one_micro_batch_and_of_a_kept_graph() -> None:
     assert part(trainer(plan(again, model(), data())), "activations") == 29 * 10 * 100 * 4 * 100
 
 
+def test_ranks_that_share_sequences_hold_a_part_of_each() -> None:
+    """64 samples of 20 tokens on 4 ranks, two by two: 32 samples a group, 320 positions a rank, as without groups."""
+    near = {"preset": "mode_seeking", "training": {"batch_size": 64}}
+    resources = {"trainers": 4, "sequence_parallel": 2, "micro_batch_tokens": 8}
+    kept = trainer(plan(config(near, resources), model(), data()))
+    assert part(kept, "activations") == 29 * 10 * 100 * 4 * 320
+    # A micro-batch's limit is on a rank's own positions.
+    again = trainer(plan(config(near, resources | {"keep_graph": "never"}), model(), data()))
+    assert part(again, "activations") == 29 * 10 * 100 * 4 * 8
+    pair = {"trainers": 4, "sequence_parallel": 2, "micro_batch_size": 3}
+    sft = trainer(plan(config({"training": {"batch_size": 64}}, pair), model(), data()))
+    assert part(sft, "activations") == 29 * 10 * 100 * 4 * 3 * 10
+    # What is kept of whole samples is kept by each rank of a group; optimizer states are dealt over all.
+    probes = config(near, pair, retention_file="r.jsonl")
+    found = trainer(plan(probes, model(), data(retention_tokens=1_000)))
+    assert part(found, "start remembered") == 4 * 100 * (1_000 + 1_000 // 2)
+    assert part(found, "optimizer") == 12 * 1_000_000 // 4
+
+
 def test_gradient_checkpointing_keeps_a_width_per_layer_and_one_layer() -> None:
     resources = Resources(gradient_checkpointing=True)
     assert memory.activation_part(model(), resources, 1_000).num_bytes == (10 + 29) * 100 * 4 * 1_000

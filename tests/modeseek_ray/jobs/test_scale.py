@@ -97,6 +97,19 @@ def test_what_deepspeed_and_adam_move_on_a_card() -> None:
     assert "gradients" not in seconds(scale(config(**card), model(), PLAIN))
 
 
+def test_ranks_that_share_sequences_exchange_heads() -> None:
+    """Queries, answers, keys and values of all layers, half of each to the neighbour, forward and backward."""
+    apart, shared = (scale(config(trainers=4, sequence_parallel=s), model(), PLAIN) for s in (1, 2))
+    assert seconds(shared)["forward"] == pytest.approx(seconds(apart)["forward"])
+    moved = 4 * (2 * 100 * 10 + 2_000) * 2048 / 4 / 2
+    assert seconds(shared)["exchange heads"] == pytest.approx(2 * moved / 1e9)
+    assert "exchange heads" not in seconds(apart)
+    again = seconds(
+        scale(config(trainers=4, sequence_parallel=2, gradient_checkpointing=True), model(), PLAIN)
+    )
+    assert again["exchange heads"] == pytest.approx(3 * moved / 1e9)
+
+
 def test_what_recomputing_and_adapters_change() -> None:
     plain = seconds(scale(config(), model(), PLAIN))
     again = seconds(scale(config(gradient_checkpointing=True), model(), PLAIN))
@@ -150,6 +163,10 @@ def test_the_best_division_of_gpus_balances_both_sides() -> None:
     found = scale(job, model(), PLAIN, total_gpus=8)
     assert all(split.trainers + split.generators == 8 and split.fits for split in found.splits)
     assert [s.round_s for s in found.splits] == sorted(s.round_s for s in found.splits)
+    pairs = job.model_copy(
+        update={"resources": job.resources.model_copy(update={"trainers": 2, "sequence_parallel": 2})}
+    )
+    assert {s.trainers % 2 for s in scale(pairs, model(), PLAIN, total_gpus=8).splits} == {0}
     best = found.splits[0]
     for trainers in range(1, 8):  # no division is better
         other = scale(
