@@ -166,7 +166,7 @@ def generator_spec(config: JobConfig, model_path: str, max_length: int, **change
         "kv_cache_gib": None if resources.gpus_per_worker else resources.kv_cache_gib,
         "tensor_parallel": resources.tensor_parallel,
         "expert_parallel": resources.expert_parallel,
-        "transfer": "nccl" if online is not None and resources.resolved_transfer == "nccl" else "chunks",
+        "transfer": "nccl" if online is not None and resources.weight_transfer == "nccl" else "chunks",
         "sleeps": resources.colocated and online is not None,
         "cpus_per_worker": resources.cpus_per_worker,
         "gpus_per_worker": resources.gpus_per_worker,

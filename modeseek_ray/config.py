@@ -79,10 +79,10 @@ class Resources(Strict):
     colocated: bool = False
     """Put each engine on a trainer's GPU instead of one of its own: it sleeps, its weights in host memory, while
     the trainer works. Both then take fractions of the GPU (gpus_per_worker: 0.5)."""
-    weight_transfer: Literal["auto", "object_store", "nccl"] = "auto"
+    weight_transfer: Literal["object_store", "nccl"] = "object_store"
     """How an online job's new weights reach the engines: through host memory (object_store), which works everywhere
-    and brings a restarted engine along, or from GPU to GPU (nccl), where an engine that dies costs the attempt.
-    "auto" is nccl where every trainer and engine has GPUs of its own."""
+    and brings a restarted engine along, or from GPU to GPU (nccl), where an engine that dies costs the attempt
+    and every trainer and engine needs GPUs of its own."""
     kv_cache_gib: float = Field(1.0, gt=0, le=1024)
     """Host memory an engine on the CPU keeps for keys and values."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -142,7 +142,7 @@ class Resources(Strict):
             )
             raise ValueError(
                 f"weight_transfer nccl goes from GPU to GPU, and {why}; set gpus_per_worker to 1 without"
-                " colocated, or weight_transfer to auto"
+                " colocated, or weight_transfer to object_store"
             )
         if self.colocated:
             if self.generators > self.trainers:
@@ -161,13 +161,6 @@ class Resources(Strict):
     def _apart(self) -> bool:
         """Whether no two workers share a GPU."""
         return self.gpus_per_worker == 1 and not self.colocated
-
-    @property
-    def resolved_transfer(self) -> Literal["object_store", "nccl"]:
-        """`weight_transfer` without "auto"."""
-        if self.weight_transfer == "auto":
-            return "nccl" if self._apart else "object_store"
-        return self.weight_transfer
 
 
 class Integration(Strict):

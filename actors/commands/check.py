@@ -59,7 +59,7 @@ def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = F
         console.print(show_scale(scaled))
         if config.online is not None:
             console.print(
-                f"New weights travel by {TRANSFERS[config.resources.resolved_transfer]}.", style="dim"
+                f"New weights travel by {TRANSFERS[config.resources.weight_transfer]}.", style="dim"
             )
     no_look = why_no_look(config) if options.score else None
     if no_look is not None:
