@@ -134,6 +134,9 @@ def test_the_best_validation_trial_is_reported_and_the_verdicts_follow(runs: lis
     assert matched is not None and matched.mean == pytest.approx(0.2)
     assert lines["flow"].matched_success == pytest.approx(0.6)
     assert lines["anchored"].matched == lines["anchored"].difference
+    assert lines["anchored"].matched_control == lines["anchored"].to_control
+    assert lines["anchored"].both_reached == (lines["anchored"].difference, 3)
+    assert lines["flow"].both_reached is None
 
 
 def test_a_trial_that_reaches_on_all_validation_units_is_preferred_to_one_that_keeps_more_on_one() -> None:

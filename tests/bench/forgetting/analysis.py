@@ -58,6 +58,10 @@ class Line:
     to_control: Interval | None
     matched: Interval | None  # difference to the baseline where both first reach what both reach, .9 at most
     matched_success: float | None  # that success, mean over units
+    matched_control: Interval | None  # the same against the shuffled control
+    both_reached: (
+        tuple[Interval, int] | None
+    )  # difference at .9 over the units in which both reached it, and how many
     at_equal_compute: float | None  # retention, where .9 is reached within plain training's processor time
     reached_at_equal_compute: int
     verdict: str
@@ -154,6 +158,7 @@ def headline(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: 
         difference = _paired(kept[name], kept.get(baseline, {}), units) if name != baseline else None
         to_control = _paired(kept[name], kept.get(control, {}), units) if control else None
         matched = _matched(of_unit, by_method.get(baseline, {}), units) if name != baseline else None
+        against_control = _matched(of_unit, by_method.get(control, {}), units) if control else None
         all_reached = len(reached) == len(units)
         lines.append(
             Line(
@@ -169,6 +174,8 @@ def headline(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: 
                 to_control=to_control,
                 matched=None if matched is None else matched[0],
                 matched_success=None if matched is None else matched[1],
+                matched_control=None if against_control is None else against_control[0],
+                both_reached=_where_both_reached(kept[name], kept.get(baseline, {})) if matched else None,
                 at_equal_compute=float(np.mean(known_within)) if known_within else None,
                 reached_at_equal_compute=len(known_within),
                 verdict=_verdict(name, baseline, all_reached, difference, to_control, control),
@@ -188,6 +195,15 @@ def _paired(
             return None
         differences[unit] = a - b
     return hierarchical_bootstrap(differences) if differences else None
+
+
+def _where_both_reached(
+    mine: Mapping[Unit, float | None], other: Mapping[Unit, float | None]
+) -> tuple[Interval, int] | None:
+    """Told beside the headline, never instead of it: units that a method failed are missing here."""
+    both = [u for u in mine if mine[u] is not None and other.get(u) is not None]
+    interval = _paired(mine, other, both)
+    return None if interval is None else (interval, len(both))
 
 
 def _matched(

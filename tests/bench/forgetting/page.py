@@ -102,7 +102,9 @@ def cells(line: Line) -> list[str]:
         "–" if line.retention is None else f"{100 * line.retention:.1f} %",
         _points(line.difference),
         _points(line.to_control),
+        _where_both(line),
         _matched(line),
+        _points(line.matched_control),
         "–" if line.text_nats is None else f"{line.text_nats:+.2f}",
         _equal_compute(line),
         line.verdict,
@@ -116,7 +118,9 @@ COLUMNS = (
     "retention at .9",
     "minus baseline, points [95 %]",
     "minus shuffled control",
+    "minus baseline where both reached .9",
     "minus baseline at matched success",
+    "minus control at matched success",
     "text, nats",
     "retention at equal compute",
     "verdict",
@@ -127,6 +131,13 @@ def _points(interval: Interval | None) -> str:
     if interval is None:
         return "–"
     return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def _where_both(line: Line) -> str:
+    if line.both_reached is None:
+        return "–"
+    interval, units = line.both_reached
+    return f"{_points(interval)} in {units}"
 
 
 def _matched(line: Line) -> str:
