@@ -43,12 +43,12 @@ def sampled(case: Case, model: Path, out: Path) -> list[Sample]:
     )
     with np.load(out) as stored:
         return [
-            _sample(i, stored[f"tokens-{i}"], stored[f"log_prob-{i}"], stored[f"routes-{i}"])
+            sample_of(i, stored[f"tokens-{i}"], stored[f"log_prob-{i}"], stored[f"routes-{i}"])
             for i in range(int(stored["count"]))
         ]
 
 
-def _sample(row: int, token_ids_T: np.ndarray, log_prob_T: np.ndarray, routes_TLK: np.ndarray) -> Sample:
+def sample_of(row: int, token_ids_T: np.ndarray, log_prob_T: np.ndarray, routes_TLK: np.ndarray) -> Sample:
     trained_T = np.arange(len(token_ids_T)) >= len(token_ids_T) - len(log_prob_T)
     log_behavior_T = np.zeros(len(token_ids_T), dtype=np.float32)
     log_behavior_T[trained_T] = log_prob_T
