@@ -49,6 +49,7 @@ def sampled(case: Case, model: Path, out: Path) -> list[Sample]:
 
 
 def sample_of(row: int, token_ids_T: np.ndarray, log_prob_T: np.ndarray, routes_TLK: np.ndarray) -> Sample:
+    """Tokens of prompt and answer, of which the answer is trained, as an engine wrote and routed it."""
     trained_T = np.arange(len(token_ids_T)) >= len(token_ids_T) - len(log_prob_T)
     log_behavior_T = np.zeros(len(token_ids_T), dtype=np.float32)
     log_behavior_T[trained_T] = log_prob_T
