@@ -162,7 +162,7 @@ def _about_text(runs: Sequence[Mapping[str, Any]]) -> str:
         return "No run is stored.\n"
     cpu = ", ".join(sorted({_machine(run) for run in runs}))
     commits = ", ".join(sorted({r["commit"] for r in runs}))
-    versions = ", ".join(f"{k} {v}" for k, v in runs[0]["versions"].items())
+    versions = "; ".join(sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in runs}))
     return f"{len(runs)} runs on {cpu}; commit {commits}; {versions}.\n"
 
 
