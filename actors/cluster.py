@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from actors.bundles import layout_of
 from actors.generator import GeneratorEngine, GeneratorSpec
 from actors.generator_pool import GeneratorPool
+from actors.network import free_port
 from actors.nodes import Shared, look, refuse_blind
 from actors.pools import TrainerPool
 from actors.reference import ReferenceModel, ScoringSpec
@@ -346,9 +346,7 @@ def generator_environment(spec: GeneratorSpec) -> dict[str, str]:
 
 def free_address() -> tuple[str, int]:
     """This node's address and a free port on it: where rank 0 will listen. Runs on rank 0's bundle."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
+    return ray.util.get_node_ip_address(), free_port()
 
 
 def connect(address: str | None = None, num_cpus: int | None = None) -> None:

@@ -7,14 +7,13 @@ free. One trainer rank is all a process can hold (torch.distributed has one proc
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from actors.generator_pool import GeneratorPool
+from actors.network import free_port
 from actors.pools import TrainerPool
 from actors.scorers import ScorerPool
 from modeseek_ray.data.batching import deal
@@ -28,20 +27,6 @@ if TYPE_CHECKING:
 
 
 _END = object()
-
-
-def free_ports(count: int) -> list[int]:
-    """Different TCP ports nobody listens on at this moment."""
-    with ExitStack() as held:
-        listeners = [held.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [int(listener.getsockname()[1]) for listener in listeners]
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on at this moment."""
-    return free_ports(1)[0]
 
 
 class LocalWorker:

@@ -1,13 +1,49 @@
-"""Addresses of this machine: by which one others reach it, and which interface holds it."""
+"""Addresses and ports of this machine: by which one others reach it, which interface holds it, what is free."""
 
 from __future__ import annotations
 
 import ipaddress
+import random
 import socket
+from contextlib import ExitStack
+from pathlib import Path
 
 import psutil
 
 from modeseek_ray.errors import ConfigError
+
+_FIRST_PORT = 20_000  # Ray's workers listen below
+_EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports nobody listens on at this moment.
+
+    They lie below those that the kernel lends to outgoing connections. What is to listen here may need
+    half a minute to be imported, and a port out of the kernel's range would be another's by then.
+    """
+    first_ephemeral = int(_EPHEMERAL_RANGE.read_text().split()[0]) if _EPHEMERAL_RANGE.exists() else 32_768
+    with ExitStack() as held:
+        if first_ephemeral - _FIRST_PORT < 1_000:  # an operator has widened that range
+            candidates = [0] * count
+        else:  # from the system's entropy: processes with one seed must not draw the same
+            candidates = random.SystemRandom().sample(range(_FIRST_PORT, first_ephemeral), 1_000)
+        found: list[int] = []
+        for port in candidates:
+            listener = held.enter_context(socket.socket())
+            try:
+                listener.bind(("", port))
+            except OSError:
+                continue
+            found.append(int(listener.getsockname()[1]))
+            if len(found) == count:
+                return found
+    raise OSError(f"no {count} free TCP ports between {_FIRST_PORT} and {first_ephemeral}")
+
+
+def free_port() -> int:
+    """See `free_ports`."""
+    return free_ports(1)[0]
 
 
 def address_towards(host: str) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from actors.local import free_ports
+from actors.network import free_ports
 from modeseek_ray.errors import WorkerError
 
 START_DEADLINE_S = 120.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -240,11 +239,6 @@ def postgres() -> Iterator[Callable[[], str]]:
 @pytest.fixture
 def free_port() -> Callable[[], int]:
     """A function that names a TCP port nobody listens on now. Use it at once: nothing reserves it."""
-    return find_free_port
+    from actors.network import free_port
 
-
-def find_free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    return free_port

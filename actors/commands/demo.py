@@ -22,7 +22,7 @@ from rich.console import Console
 from actors.cli.follow import Follower
 from actors.cli.format import sparkline
 from actors.cli.tables import comparison
-from actors.local import free_port
+from actors.network import free_port
 from modeseek_ray.client import Client
 from modeseek_ray.config import JobConfig, parse_config
 from modeseek_ray.errors import WorkerError

@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from actors.network import free_port
 from actors.pools import TrainerPool
 from actors.trainer import TrainerRank, TrainerSpec
 from modeseek_ray.data.batching import deal
 from modeseek_ray.types import FloatArray, IntArray, Sample, StepPlan
-from tests.conftest import find_free_port
 
 
 class Ranks:
@@ -44,7 +44,7 @@ class Ranks:
             self.stop()
             self._fork()
         trainer = Trainer(self._pipes[:world_size], spec.resources.sequence_parallel)
-        port = find_free_port()
+        port = free_port()
         trainer.ask([(_build, (spec, rank, world_size, port)) for rank in range(world_size)])
         if before is not None:
             trainer.inside(before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,6 +16,7 @@ from rich.console import Console, RenderableType
 
 from actors.cli import checks, doctor, tables
 from actors.cli.follow import Follower, follow, panel, plain_line
+from actors.network import free_port
 from modeseek_ray.config import parse_config
 from modeseek_ray.data.problems import Problems
 from modeseek_ray.data.report import DataReport, FileReport
@@ -219,12 +219,6 @@ def test_doctor_finds_this_machine_fit_and_an_unwritable_home_not(tmp_path: Path
     assert names == [
         "Python", "packages", "home", "disk", "memory", "GPU", "service", "clock", "Ray", "playground",
     ]  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Stranger(BaseHTTPRequestHandler):

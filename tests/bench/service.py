@@ -30,9 +30,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from actors.network import free_port
 from modeseek_ray.client import AttemptClient, Client
 from modeseek_ray.jobs.paths import Home
-from tests.conftest import find_free_port
 
 ROOT = Path(__file__).parents[2]
 MEASURED = 50  # requests at each size
@@ -43,7 +43,7 @@ START_DEADLINE_S = 60.0
 @contextmanager
 def service(directory: Path, *, cluster: bool) -> Iterator[str]:
     """Its address. `cluster`: jobs are started, by a launcher that leaves the driver's part to us."""
-    port = find_free_port()
+    port = free_port()
     if cluster:
         module = ["tests.bench.service", "--host", str(directory), str(port)]
     else:

@@ -58,9 +58,9 @@ class RunningService:
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Service:
-        from tests.conftest import find_free_port
+        from actors.network import free_port
 
-        port = self._port or find_free_port()
+        port = self._port or free_port()
         log = (self._home / "serve.log").open("ab")
         self.process = subprocess.Popen(
             [

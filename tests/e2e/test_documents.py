@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from actors.network import free_port
 from modeseek_ray.client import Client
-from tests.conftest import find_free_port
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "modeseek_ray" / "GUIDE.md", ROOT / "deploy" / "OPERATING.md"]
@@ -71,7 +71,7 @@ def api(tmp_path_factory: pytest.TempPathFactory, playground_moe: Path) -> Itera
     """A service without a cluster: it answers and checks, and its jobs stay queued."""
     home = tmp_path_factory.mktemp("home")
     (home / "playground").symlink_to(playground_moe.parent)
-    port = find_free_port()
+    port = free_port()
     command = [sys.executable, "-m", "modeseek_ray.service", "--home", str(home), "--port", str(port)]
     process = subprocess.Popen(command, cwd=ROOT)
     try:

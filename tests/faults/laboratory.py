@@ -20,9 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from actors.network import free_port
 from modeseek_ray.client import Client
 from modeseek_ray.errors import ServiceError
-from tests.conftest import find_free_port
 from tests.e2e.conftest import RunningService
 from tests.faults import history, jobs
 from tests.faults.cells import Cell, Kind
@@ -81,7 +81,7 @@ class Laboratory:
         self._prompts = prompts
         self._plan = directory / "plan.json"
         self._plan.write_text("{}")
-        self._port = find_free_port()
+        self._port = free_port()
         self._service: RunningService | None = None
         self._files: dict[Kind, str] = {}
         self._calm: dict[Kind, Finding] = {}

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.local import free_port
+from actors.network import free_port
 from actors.trainer import TrainerRank, TrainerSpec
 from modeseek_ray.config import Lora, Resources, Training
 from modeseek_ray.types import Objective, Sample, StepPlan

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from actors.local import free_ports
+from actors.network import free_ports
 
 ROOT = Path(__file__).parents[2]
 START_DEADLINE_S = 90.0

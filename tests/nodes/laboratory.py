@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from actors.local import free_port
+from actors.network import free_port
 from tests.nodes.cluster import ROOT, Nodes
 
 START_DEADLINE_S = 120

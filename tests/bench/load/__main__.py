@@ -24,8 +24,8 @@ import httpx
 import numpy as np
 import psutil
 
+from actors.network import free_port
 from tests.bench.load.clients import Load, Seen, problems
-from tests.conftest import find_free_port
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Outcome:
 
 async def run(size: Size, directory: Path, model: Path) -> Outcome:
     """Start the service under `directory`, load it, and compare everybody's answers with the store."""
-    port = find_free_port()
+    port = free_port()
     home = directory / "home"
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.bench.load.server", home, model.parent, str(port), str(size.drivers)]

@@ -120,10 +120,10 @@ def our_weighted(model: Path, case: Case) -> Outcome:
 
 
 def _our_steps(model: Path, case: Case, *, weighted: bool) -> Outcome:
+    from actors.network import free_port
     from actors.trainer import TrainerRank, TrainerSpec
     from modeseek_ray.config import Resources, Training
     from modeseek_ray.weights import Weighting, weigh
-    from tests.conftest import find_free_port
 
     spec = TrainerSpec(
         model_path=str(model),
@@ -132,7 +132,7 @@ def _our_steps(model: Path, case: Case, *, weighted: bool) -> Outcome:
         resources=Resources(cpus_per_worker=float(case.threads), keep_graph="always" if weighted else "auto"),
         seed=0,
     )
-    rank = TrainerRank(spec, 0, 1, "127.0.0.1", find_free_port())
+    rank = TrainerRank(spec, 0, 1, "127.0.0.1", free_port())
     rank.setup()
     likelihood = {"scheme": "ratio_power", "of": "policy_over_initial", "gamma": 0.5}
     weighting = Weighting.model_validate({"likelihood": likelihood}) if weighted else Weighting()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import numpy as np
@@ -116,10 +117,14 @@ def test_many_rows_span_several_encoding_rounds(load):
     assert all(s.num_tokens == len(str(s.row)) + 1 for s in samples)
 
 
-def test_short_chats_load_at_more_than_five_thousand_a_second(write_jsonl, model_tokenizer):
+def test_loading_costs_no_more_than_fifty_readings_of_the_file(write_jsonl, model_tokenizer):
+    """Beside JSON alone, in one run: encoding row by row, or anything that grows with the square, shows."""
     messages = [{"role": "user", "content": "sort these words"}, {"role": "assistant", "content": "good"}]
     path = write_jsonl(*[{"messages": messages}] * 20_000)
     started = time.process_time()
+    rows = [json.loads(line) for line in path.read_text().splitlines() for _ in range(10)]
+    read = time.process_time()
     samples = load_samples(path, model_tokenizer, max_length=64)
-    assert len(samples) == 20_000
-    assert time.process_time() - started < 4.0  # seconds of processor time; about 1.5 are usual
+    loaded = time.process_time()
+    assert len(rows) == 10 * len(samples) == 200_000
+    assert loaded - read < 5 * (read - started)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from actors.network import free_port
 from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
 from modeseek_ray.jobs.records import EventDraft
 from modeseek_ray.jobs.spool import undelivered
 from modeseek_ray.jobs.store import Store
-from tests.conftest import find_free_port
 
 KILLED = """
 import asyncio, os, signal, sys
@@ -49,7 +49,7 @@ async def test_events_of_a_driver_killed_while_the_service_was_away_are_found_la
     job, bearer = helpers.start(store)
     spool = home.spool(job.id, 1)
     spool.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", KILLED, str(spool), str(find_free_port())]
+    command = [sys.executable, "-c", KILLED, str(spool), str(free_port())]
     assert subprocess.run(command, timeout=60).returncode == -signal.SIGKILL
     with spool.open("a") as file:
         file.write('{"seq": 5, "mess')  # cut by the kill

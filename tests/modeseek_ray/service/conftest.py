@@ -20,6 +20,7 @@ import openai
 import pytest
 from fastapi import FastAPI
 
+from actors.network import free_port
 from modeseek_ray.client import AttemptClient, Client
 from modeseek_ray.jobs.engine_keeper import EngineKeeper
 from modeseek_ray.jobs.launcher import Capacity, LaunchStatus, ValidationOutcome
@@ -28,7 +29,6 @@ from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.service import ServiceSettings, create_app
 from modeseek_ray.service.serve import listen, make_server
-from tests.conftest import find_free_port
 
 ROWS = b'{"prompt": "one plus one is", "completion": " two"}\n' * 3
 
@@ -247,7 +247,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, free_port_of_module: int) 
 
 @pytest.fixture(scope="module")
 def free_port_of_module() -> int:
-    return find_free_port()
+    return free_port()
 
 
 @pytest.fixture

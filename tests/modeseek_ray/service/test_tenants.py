@@ -18,12 +18,12 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from actors.network import free_port
 from modeseek_ray.jobs.launcher import ValidationOutcome
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.jobs.tables import metadata
 from modeseek_ray.service import create_app
-from tests.conftest import find_free_port
 from tests.modeseek_ray.service.conftest import Running, serving
 
 
@@ -160,7 +160,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     (directory / "data").mkdir()
     (directory / "data" / "own.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     with ExitStack() as stack:
-        running = stack.enter_context(serving(directory, port=find_free_port()))
+        running = stack.enter_context(serving(directory, port=free_port()))
         done, living = running.submit(metadata={"secret": "of-the-first"}), running.submit()
         running.finish(done)
         for job_id in (done, living):
