@@ -12,7 +12,7 @@ import psutil
 
 from modeseek_ray.errors import ConfigError
 
-_FIRST_PORT = 20_000  # Ray's workers listen below
+_FIRST_PORT = 30_000  # workers listen below: Ray's own choice, and that of `ray_head`
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 

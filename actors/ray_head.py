@@ -29,6 +29,8 @@ from modeseek_ray.errors import WorkerError
 
 START_DEADLINE_S = 120.0
 DRAIN_S = 20.0
+# Not Ray's own choice, 10,002 to 19,999, which another Ray on this machine may use.
+FIRST_WORKER_PORT, LAST_WORKER_PORT = 20_000, 29_999
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _start(directory: Path, num_cpus: int, gpus: int | None) -> RayHead:
         ),
         *("--metrics-export-port", str(metrics_port)),
         *("--include-dashboard", "true", "--num-cpus", str(num_cpus), "--temp-dir", scratch),
-        *("--min-worker-port", "20000", "--max-worker-port", "29999"),
+        *("--min-worker-port", str(FIRST_WORKER_PORT), "--max-worker-port", str(LAST_WORKER_PORT)),
         *(("--num-gpus", str(gpus)) if gpus is not None else ()),
     ]
     log = (directory / "head.log").open("ab")

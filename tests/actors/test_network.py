@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from actors import network
+from actors import network, ray_head
 
 
 def test_ports_differ_and_are_none_that_the_kernel_lends_to_connections() -> None:
@@ -15,7 +15,12 @@ def test_ports_differ_and_are_none_that_the_kernel_lends_to_connections() -> Non
     first_lent = int(lent.read_text().split()[0]) if lent.exists() else 32_768
     found = network.free_ports(50)
     assert len(set(found)) == 50
-    assert all(20_000 <= port < first_lent for port in found)
+    assert all(network._FIRST_PORT <= port < first_lent for port in found)
+
+
+def test_ports_are_none_that_ray_gives_to_its_workers() -> None:
+    """It refuses to start where one of them is the head's."""
+    assert ray_head.LAST_WORKER_PORT < network._FIRST_PORT
 
 
 def test_a_taken_port_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +31,7 @@ def test_a_taken_port_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(network.random.SystemRandom, "sample", lambda *_: [taken, other])
         assert network.free_port() == other
         monkeypatch.setattr(network.random.SystemRandom, "sample", lambda *_: [taken])
-        with pytest.raises(OSError, match="no 1 free TCP ports between 20000 and"):
+        with pytest.raises(OSError, match="no 1 free TCP ports between 30000 and"):
             network.free_port()
 
 
