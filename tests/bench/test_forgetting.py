@@ -162,6 +162,33 @@ def test_a_method_that_only_equals_its_shuffled_control_does_not_win(runs: list[
     assert lines["anchored"].verdict == "above, but not above its shuffled control"
 
 
+def test_equal_compute_is_of_steps_on_the_same_device(runs: list[dict[str, Any]]) -> None:
+    """anchored takes twice the seconds of an sft step on either device, of which one is ten times slower."""
+
+    def on(device: str, run: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        path = [{**row, "cpu_s": seconds * row["cpu_s"]} for row in run["path"]]
+        return {**run, "device": device, "path": path}
+
+    slower = {"anchored": 2.0, "sft": 1.0}
+    known = [r for r in runs if r["method"] in slower]
+    mixed = [
+        on("cpu", r, 10 * slower[r["method"]])
+        if r["base_seed"] == study.REPORT[0][0]
+        else on("card", r, slower[r["method"]])
+        for r in known
+    ]
+    cost = analysis.seconds_per_step(mixed, "dense")
+    for run in mixed:
+        if run["method"] == "anchored":
+            assert analysis.cost_in_baseline_steps(run, cost, "sft") == (pytest.approx(2.0), 0.0)
+    units = analysis.units_of(mixed, "dense", "standard")
+    lines = {line.method: line for line in analysis.headline(mixed, "dense", "standard", units)}
+    assert lines["sft"].reached_at_equal_compute == 3
+    assert lines["anchored"].reached_at_equal_compute == 0  # 80 steps cost what 160 of the 120 cost
+    extra = {**mixed[0], "extra_cpu_s": 40 * cost[mixed[0]["device"], "sft"]}
+    assert analysis.cost_in_baseline_steps(extra, cost, "sft") == (pytest.approx(1.0), pytest.approx(40))
+
+
 def test_a_unit_that_a_method_lacks_is_left_out(runs: list[Mapping[str, Any]]) -> None:
     partial = [r for r in runs if not (r["method"] == "flow" and r["base_seed"] == 6)]
     assert analysis.units_of(partial, "dense", "standard") == [(5, 1), (7, 1)]

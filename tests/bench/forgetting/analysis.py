@@ -119,14 +119,23 @@ def at_target(path: Sequence[Mapping[str, Any]], values: Sequence[float]) -> flo
     return retention_at_success([row["success"] for row in path], values, target=TARGET)
 
 
-def seconds_per_step(runs: Iterable[Mapping[str, Any]], arch: str) -> dict[str, float]:
-    """Median over a method's runs of its processor time per optimizer step, evaluations left out."""
-    found: dict[str, list[float]] = {}
+def seconds_per_step(runs: Iterable[Mapping[str, Any]], arch: str) -> dict[tuple[str, str], float]:
+    """(device, method) -> median over its runs there of processor time per optimizer step, evaluations left out."""
+    found: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         last = run["path"][-1]
         if run["arch"] == arch and last["step"]:
-            found.setdefault(run["method"], []).append(last["cpu_s"] / last["step"])
-    return {name: float(np.median(values)) for name, values in found.items()}
+            found.setdefault((run["device"], run["method"]), []).append(last["cpu_s"] / last["step"])
+    return {key: float(np.median(values)) for key, values in found.items()}
+
+
+def cost_in_baseline_steps(
+    run: Mapping[str, Any], cost: Mapping[tuple[str, str], float], baseline: str
+) -> tuple[float, float]:
+    """What a step of this run cost, and what was trained before its first (`mode_seeking_data`'s checkpoint), both in
+    steps of the baseline on the same device: seconds of a card's process and of a CPU are not the same."""
+    unit = cost[run["device"], baseline]
+    return cost[run["device"], run["method"]] / unit, run["extra_cpu_s"] / unit
 
 
 def headline(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: Sequence[Unit]) -> list[Line]:
@@ -151,7 +160,10 @@ def headline(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: 
             at_target(r["path"], [row["text_nll"] - r["path"][0]["text_nll"] for row in r["path"]])
             for r in of_unit.values()
         ]
-        within = [_within(r, cost[name], cost[baseline] * steps_of(variant)) for r in of_unit.values()]
+        within = [
+            _within(r, *cost_in_baseline_steps(r, cost, baseline), steps_of(variant))
+            for r in of_unit.values()
+        ]
         known_text = [t for t in text if t is not None]
         known_within = [w for w in within if w is not None]
         control = methods_of(variant)[name].control
@@ -226,9 +238,9 @@ def _matched(
     return (hierarchical_bootstrap(differences), float(np.mean(common))) if differences else None
 
 
-def _within(run: Mapping[str, Any], per_step: float, budget_s: float) -> float | None:
-    """Retention at the target if it is reached before the processor time is used up."""
-    affordable = (budget_s - run["extra_cpu_s"]) / per_step
+def _within(run: Mapping[str, Any], per_step: float, before: float, budget: float) -> float | None:
+    """Retention at the target if it is reached before the compute is used up, all in steps of the baseline."""
+    affordable = (budget - before) / per_step
     path = [row for row in run["path"] if row["step"] <= affordable + 1e-9]
     return at_target(path, retention_of(run["path"])[: len(path)]) if path else None
 
