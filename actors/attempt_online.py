@@ -18,7 +18,7 @@ from actors.pools import TrainerPool
 from actors.rollout_source import RolloutSource
 from actors.rollouts import RolloutStore
 from actors.scorers import ScorerPool
-from actors.transfers import MemoryTransfer, NcclTransfer, Transfer
+from actors.transfers import IpcTransfer, MemoryTransfer, NcclTransfer, Transfer
 from actors.weight_sync import VerifiedChannel
 from modeseek_ray.config import JobConfig, OnlineMethod
 from modeseek_ray.data.auto import ResolvedTraining, resolve_training
@@ -26,6 +26,9 @@ from modeseek_ray.data.prompts import load_prompts
 from modeseek_ray.data.tokenizer import ChatTokenizer
 from modeseek_ray.reports.rows import steering_of
 from modeseek_ray.weights import needs
+
+# What an engine calls what a job calls `resources.weight_transfer`.
+TRANSFERS = {"object_store": "chunks", "nccl": "nccl", "ipc": "ipc"}
 
 
 class OnlineAttempt(Attempt):
@@ -100,7 +103,9 @@ class OnlineAttempt(Attempt):
     async def _workers(self, grading: Grading) -> tuple[TrainerPool, GeneratorPool, ScorerPool | None]:
         """Places for all, then handles to all; nothing is loaded yet."""
         resources = self._config.resources
-        changes = {} if self._placement.on_ray else {"transfer": "chunks"}  # one process needs no NCCL
+        changes = (
+            {} if self._placement.on_ray else {"transfer": "chunks"}
+        )  # a process lends nothing to itself
         spec = generator_spec(self._config, str(self._spec.model_path), self._max_length, **changes)
         scorers = resources.scorers if "initial" in needs(self._config.weighting) else 0
         await self._placement.reserve(
@@ -116,12 +121,16 @@ class OnlineAttempt(Attempt):
             reference = await self._placement.scorers(
                 self._scoring_spec(self._spec.model_path, with_routes=True), scorers
             )
-        return trainer, await self._placement.generators(spec, resources.generators), reference
+        generator = await self._placement.generators(spec, resources.generators)
+        generator.make_room = trainer.free_cache
+        return trainer, generator, reference
 
     async def _transfer(self, trainer: TrainerPool, generator: GeneratorPool) -> Transfer:
         """How weights will travel. Engines were told as they were placed."""
         if generator.spec.transfer == "nccl":
             return NcclTransfer(trainer, generator, *await self._placement.meeting())
+        if generator.spec.transfer == "ipc":
+            return IpcTransfer(trainer, generator)
         return MemoryTransfer(trainer, generator)
 
     async def _start(self, generator: GeneratorPool, channel: VerifiedChannel) -> None:
@@ -166,7 +175,7 @@ def generator_spec(config: JobConfig, model_path: str, max_length: int, **change
         "kv_cache_gib": None if resources.gpus_per_worker else resources.kv_cache_gib,
         "tensor_parallel": resources.tensor_parallel,
         "expert_parallel": resources.expert_parallel,
-        "transfer": "nccl" if online is not None and resources.weight_transfer == "nccl" else "chunks",
+        "transfer": "chunks" if online is None else TRANSFERS[resources.weight_transfer],
         "sleeps": resources.colocated and online is not None,
         "cpus_per_worker": resources.cpus_per_worker,
         "gpus_per_worker": resources.gpus_per_worker,

@@ -198,8 +198,8 @@ class RayPlacement:
             ).remote(spec)
             return RayWorker(handle, f"generator {index}")
 
-        # An NCCL group cannot be joined later; in memory the weights wait for a new engine.
-        options = {"max_replacements": 0} if spec.transfer == "nccl" else {}
+        # In memory the weights wait for a new engine; vLLM's own ways hand them over once, to who is there.
+        options = {} if spec.transfer == "chunks" else {"max_replacements": 0}
         return GeneratorPool(spec, start, count, **options)
 
     async def classifiers(self, specs: Sequence[RewardModelSpec], count: int) -> ClassifierPool:

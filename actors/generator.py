@@ -64,8 +64,9 @@ class GeneratorSpec:
     gpus_per_worker: float = 0.0  # of each tensor-parallel part; a fraction is a share of the device's memory
     # Between rollouts the engine gives its GPU's memory up, for the trainer it shares the device with.
     sleeps: bool = False
-    # How new weights come: chunks through the object store, or vLLM's own NCCL broadcast between GPUs.
-    transfer: Literal["chunks", "nccl"] = "chunks"
+    # How new weights come: chunks through the object store, or by vLLM's own engines, broadcast from another GPU
+    # (nccl) or lent by a trainer on the same one (ipc).
+    transfer: Literal["chunks", "nccl", "ipc"] = "chunks"
     # What log-probabilities are of: the distribution really drawn from (after temperature and top_p),
     # which ratios need, or the model's own at temperature one, which people expect of an answer.
     logprobs_mode: Literal["processed_logprobs", "raw_logprobs"] = "processed_logprobs"
@@ -266,7 +267,7 @@ class GeneratorEngine:
             self._broke(error)
 
     def native(self, method: str, arguments: Mapping[str, Any]) -> None:
-        """One of vLLM's own weight-transfer calls; `weight_sync.NcclTransfer` says in which order."""
+        """One of vLLM's own weight-transfer calls; `transfers` says in which order."""
         self._refuse_busy("update")
         try:
             self._llm.native(method, arguments)
@@ -276,6 +277,12 @@ class GeneratorEngine:
             self._version = -1
         elif method == "finish_weight_update":
             self._version = int(arguments["weight_version"])
+
+    def card(self) -> str:
+        """The UUID of this engine's GPU. Raises `ConfigError` where there is none."""
+        from actors.cards import card
+
+        return card()
 
     def close(self) -> None:
         """Free the model."""

@@ -97,6 +97,8 @@ class GeneratorPool:
         self._changed = asyncio.Condition()
         self._broken: BaseException | None = None
         self._rest = Rest(self._rest_or_wake, sleeps=spec.sleeps)
+        # Awaited before engines that sleep wake up, by whoever shares their GPUs: torch keeps what it once took.
+        self.make_room: Callable[[], Awaitable[None]] | None = None
         self.num_replaced = 0
         self.num_written = 0  # completions, of all engines
 
@@ -188,6 +190,8 @@ class GeneratorPool:
                 lambda: self._broken is not None or all(engine.at_rest for engine in self._engines)
             )
         if self._broken is None:
+            if method == "wake" and self.make_room is not None:
+                await self.make_room()
             await asyncio.gather(*(self._rest_one(engine, method) for engine in self._engines))
 
     async def _rest_one(self, engine: _Engine, method: str) -> None:

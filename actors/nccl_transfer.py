@@ -1,14 +1,11 @@
 """Weights from GPU to GPU: vLLM's own NCCL transfer engine, with a ZeRO trainer as its source.
 
 Not yet run: it needs CUDA. vLLM lets the sending process call the engines; here the job's driver
-calls both sides (`weight_sync.NcclTransfer`), so a trainer rank needs no handle on any engine and
+calls both sides (`transfers.NcclTransfer`), so a trainer rank needs no handle on any engine and
 the client vLLM asks for does nothing.
 
 Rank 0 of the trainer is rank 0 of the NCCL group; the engines' tensor-parallel workers follow. With
-`resources.colocated` a trainer and an engine share a GPU, which NCCL does not take: weights go through memory
-there. vLLM's other engine, IPC, is made for that and not built in: its sender wants to call the engines itself,
-between lending its tensors and freeing them, which a driver that calls both sides cannot step into; it takes
-lending and taking back as two calls on a trainer rank.
+`resources.colocated` a trainer and an engine share a GPU, which NCCL does not take: see `ipc_transfer`.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ from modeseek_ray.routing.hooks import record_routes
 from modeseek_ray.types import FloatArray, Sample, StepPlan
 
 if TYPE_CHECKING:
+    from actors.ipc_transfer import IpcLender
     from actors.nccl_transfer import NcclSender
     from actors.trainer import TrainerSpec
 
@@ -100,6 +101,7 @@ class Policy:
         self._begun = Begun()
         self._seconds = Seconds()
         self._sender: NcclSender | None = None
+        self._lender: IpcLender | None = None
         seed_everything(spec.seed + rank)  # dropout differs between ranks
 
     def _build(self) -> ScoringModel:
@@ -307,6 +309,19 @@ class Policy:
 
             self._sender = NcclSender(self.engine, self._module, self._rank)
         return self._sender
+
+    def lender(self) -> IpcLender:
+        """This rank's part of handing weights to an engine on its own GPU."""
+        if self._lender is None:
+            from actors.ipc_transfer import IpcLender
+
+            self._lender = IpcLender(self.engine, self._module)
+        return self._lender
+
+    def free_cache(self) -> None:
+        """Give back to the GPU what torch keeps for its next tensors."""
+        if self.engine.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def weights_sha256(self) -> str:
         return self.engine.sha256(self._module.model)

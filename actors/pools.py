@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -258,6 +258,25 @@ class TrainerPool:
 
     async def send_weights(self) -> None:
         await self._all("send_weights")
+
+    async def cards(self) -> list[str]:
+        """The UUID of every rank's GPU."""
+        return await self._together([rank.call("card") for rank in self._ranks])
+
+    async def lend_weights(self, layer: int, cards: Collection[str]) -> Mapping[str, Any] | None:
+        """A layer as every rank lends it on its own GPU, in one update for vLLM; None behind the last."""
+        answers = await self._together([rank.call("lend_weights", layer, cards) for rank in self._ranks])
+        if answers[0] is None:
+            return None
+        handles = {name: handle for answer in answers for name, handle in answer["ipc_handles"].items()}
+        return {**answers[0], "ipc_handles": handles}
+
+    async def take_weights_back(self) -> None:
+        await self._all("take_weights_back")
+
+    async def free_cache(self) -> None:
+        """Before engines on the ranks' GPUs wake up."""
+        await self._all("free_cache")
 
     async def canary(self, sequences: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float64]]:
         """Log-probability of each token but the first, at temperature one, nats."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,6 +149,27 @@ class TrainerRank:
     def send_weights(self) -> None:
         """Broadcast all weights to the engines, which receive them at the same time."""
         self._ready().transfer().send()
+
+    def card(self) -> str:
+        """The UUID of this rank's GPU. Raises `ConfigError` where there is none."""
+        from actors.cards import card
+
+        return card()
+
+    def lend_weights(self, layer: int, cards: Collection[str]) -> dict[str, Any] | None:
+        """A layer of the weights in memory that engines on these GPUs may read; None behind the last layer.
+
+        The engines have to have answered before the next one is lent.
+        """
+        return self._ready().lender().lend(layer, cards)
+
+    def take_weights_back(self) -> None:
+        """Free what was lent. Await after the engines have finished."""
+        self._ready().lender().take_back()
+
+    def free_cache(self) -> None:
+        """Leave the GPU's memory that no tensor holds to whoever shares it."""
+        self._ready().free_cache()
 
     def weights_sha256(self) -> str:
         """Hash of all parameters, gathered: the same hash means the same bits."""

@@ -1,14 +1,16 @@
-"""How weights travel from the trainer to the engines, behind one protocol: through memory, or between GPUs."""
+"""How weights travel from the trainer to the engines, behind one protocol: by memory, between GPUs or within one."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from actors.generator_pool import GeneratorPool
 from actors.weight_chunks import ChunkFacts, WeightRelease
+from modeseek_ray.errors import ConfigError
 
 
 class Lender(Protocol):
@@ -91,3 +93,53 @@ class NcclTransfer:
         )
         description: Mapping[str, Any] = await self._trainer.describe_transfer()
         return description
+
+
+class IpcTransfer:
+    """Within each GPU, by vLLM's IPC engine, to engines beside trainers (`ipc_transfer`). Not yet run: it needs CUDA.
+
+    An engine that is started anew has no weights to be brought to, so one that dies ends the attempt.
+    """
+
+    def __init__(self, trainer: Any, generator: GeneratorPool) -> None:
+        self._trainer = trainer
+        self._generator = generator
+        self._cards: list[str] = []
+
+    async def gather(self, version: int) -> None:
+        """Nothing: each layer is gathered as it is lent."""
+
+    async def load(self, gathered: None, version: int) -> int:
+        call_all = self._generator.call_all
+        if not self._cards:
+            self._cards = await self._connect()
+        num_bytes = 0
+        try:
+            await call_all("native", "start_weight_update", {})
+            for layer in itertools.count():
+                update = await self._trainer.lend_weights(layer, self._cards)
+                if update is None:
+                    break
+                num_bytes += sum(update["tensor_sizes"])
+                await call_all("native", "update_weights", {"request": {"update_info": dict(update)}})
+            await call_all("native", "finish_weight_update", {"weight_version": str(version)})
+        finally:
+            await self._trainer.take_weights_back()
+        return num_bytes
+
+    async def _connect(self) -> list[str]:
+        """The engines' GPUs. Raises `ConfigError` for an engine on one that no trainer is on."""
+        lent, cards = await asyncio.gather(self._trainer.cards(), self._generator.call_all("card"))
+        for engine, name in enumerate(cards):
+            if name not in lent:
+                raise ConfigError(
+                    f"weight_transfer ipc stays within a GPU, and engine {engine} is on {name}, where no trainer"
+                    f" is: they are on {', '.join(lent)}.",
+                    param="resources.weight_transfer",
+                    mend="Set it to object_store, and look at how the cluster's nodes name their GPUs"
+                    " (CUDA_VISIBLE_DEVICES, MIG): resources.colocated reserves both on one.",
+                )
+        await self._generator.call_all(
+            "native", "init_weight_transfer_engine", {"request": {"init_info": {"packed": True}}}
+        )
+        return list(cards)

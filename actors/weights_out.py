@@ -56,15 +56,39 @@ def checkpoint_layers(engine: ZeroEngine, module: ScoringModel) -> Iterator[list
 
     The tensors may be views of live or gathered weights: copy them before the next layer is asked for.
     """
-    causal_lm = unwrap(module.model)
-    for slots in _layers(causal_lm):
+    layers = CheckpointLayers(engine, module)
+    for i in range(len(layers)):
+        with layers.whole(i) as weights:
+            yield weights
+
+
+class CheckpointLayers:
+    """The same in any order, for whoever lets go of a layer between two calls."""
+
+    def __init__(self, engine: ZeroEngine, module: ScoringModel) -> None:
+        self._engine = engine
+        self._causal_lm = unwrap(module.model)
+        self._layers = _layers(self._causal_lm)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def num_bytes(self) -> list[int]:
+        """Of each layer's weights, whole."""
+        return [sum(slot.num_bytes for slot in slots) for slots in self._layers]
+
+    @contextmanager
+    def whole(self, index: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Names and values of one layer, valid within. All ranks enter and leave together."""
+        slots = self._layers[index]
         parts = [p for slot in slots for p in slot.parameters()]
-        with engine.whole(*parts), torch.no_grad():
+        with self._engine.whole(*parts), torch.no_grad():
             merged = {slot.name: slot.merged() for slot in slots}
             # Experts are one matrix a layer inside the model and one each in a checkpoint. Where nothing was
             # converted, transformers would still compile a pattern for every name.
-            converted = getattr(causal_lm, "_weight_conversions", None) != []
-            yield list((revert_weight_conversion(causal_lm, merged) if converted else merged).items())
+            converted = getattr(self._causal_lm, "_weight_conversions", None) != []
+            yield list((revert_weight_conversion(self._causal_lm, merged) if converted else merged).items())
 
 
 def token_log_probs(
@@ -110,6 +134,11 @@ class _Slot:
     name: str
     tensor: Tensor
     adapters: list[Any] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole tensor, wherever its parts are: ZeRO-3 leaves an empty one in their place."""
+        return int(getattr(self.tensor, "ds_numel", self.tensor.numel())) * self.tensor.element_size()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Everything that has to be whole before `merged`."""

@@ -79,10 +79,11 @@ class Resources(Strict):
     colocated: bool = False
     """Put each engine on a trainer's GPU instead of one of its own: it sleeps, its weights in host memory, while
     the trainer works. Both then take fractions of the GPU (gpus_per_worker: 0.5)."""
-    weight_transfer: Literal["object_store", "nccl"] = "object_store"
+    weight_transfer: Literal["object_store", "nccl", "ipc"] = "object_store"
     """How an online job's new weights reach the engines: through host memory (object_store), which works everywhere
-    and brings a restarted engine along, or from GPU to GPU (nccl), where an engine that dies costs the attempt
-    and every trainer and engine needs GPUs of its own."""
+    and brings a restarted engine along; from GPU to GPU (nccl), for which every trainer and engine needs GPUs of
+    its own; or within the GPU that a trainer and an engine share (ipc), which needs `colocated`. With nccl and ipc
+    an engine that dies costs the attempt."""
     kv_cache_gib: float = Field(1.0, gt=0, le=1024)
     """Host memory an engine on the CPU keeps for keys and values."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -144,6 +145,21 @@ class Resources(Strict):
                 f"weight_transfer nccl goes from GPU to GPU, and {why}; set gpus_per_worker to 1 without"
                 " colocated, or weight_transfer to object_store"
             )
+        if self.weight_transfer == "ipc" and not (self.colocated and self.gpus_per_worker):
+            why = (
+                f"gpus_per_worker {self.gpus_per_worker:g} gives no worker one"
+                if self.colocated
+                else "without colocated every engine is on another one"
+            )
+            raise ValueError(
+                f"weight_transfer ipc stays within the GPU that a trainer and an engine share, and {why}; set"
+                " colocated to true and gpus_per_worker to 0.5, or weight_transfer to object_store"
+            )
+        if self.gpus_per_worker and self._may_meet:
+            raise ValueError(
+                f"two trainers with {self.gpus_per_worker:g} of a GPU may be put on the same one, which cannot be in"
+                " one NCCL communicator twice; set gpus_per_worker above 0.5 (with colocated to 0.5), or trainers to 1"
+            )
         if self.colocated:
             if self.generators > self.trainers:
                 raise ValueError(
@@ -156,6 +172,13 @@ class Resources(Strict):
                     f" {self.gpus_per_worker:g}, set it to 0.5 or less"
                 )
         return self
+
+    @property
+    def _may_meet(self) -> bool:
+        """Whether the places of two trainers, engines beside them included, fit on one GPU."""
+        engines = self.generators if self.colocated else 0
+        shares = sorted(self.gpus_per_worker * (2 if i < engines else 1) for i in range(self.trainers))
+        return self.trainers > 1 and sum(shares[:2]) <= 1
 
     @property
     def _apart(self) -> bool:

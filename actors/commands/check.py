@@ -84,6 +84,7 @@ def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = F
 TRANSFERS = {
     "object_store": "host memory (weight_transfer: object_store); an engine that dies is brought along",
     "nccl": "NCCL from GPU to GPU (weight_transfer: nccl, not yet run); an engine that dies costs the attempt",
+    "ipc": "CUDA IPC within each GPU (weight_transfer: ipc, not yet run); an engine that dies costs the attempt",
 }
 
 

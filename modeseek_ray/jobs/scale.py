@@ -330,8 +330,15 @@ def _sync(config: JobConfig, model: ModelInfo, on: Hardware) -> TimePart:
     resources = config.resources
     b = memory.generator_bytes(resources)
     devices = resources.trainers + resources.generators * resources.tensor_parallel
-    gathered = 2 if memory.effective_stage(resources) == 3 and resources.trainers > 1 else 1
-    seconds = gathered * b * model.num_parameters / _link(on, devices)
+    is_cut = memory.effective_stage(resources) == 3 and resources.trainers > 1
+    num_bytes = b * model.num_parameters
+    if resources.weight_transfer == "ipc":
+        # Packed, taken out and loaded: three times read and written.
+        seconds = 6 * num_bytes / (on.memory_bandwidth * on.bandwidth_efficiency)
+        seconds += num_bytes / _link(on, resources.trainers) if is_cut else 0.0
+        what = "6 b P over the card's memory bandwidth, with ZeRO-3 b P over the slowest link"
+        return TimePart("sync", seconds + 2 * on.step_overhead_s, what)
+    seconds = (2 if is_cut else 1) * num_bytes / _link(on, devices)
     return TimePart("sync", seconds + 2 * on.step_overhead_s, "b P (twice with ZeRO-3) over the slowest link")
 
 

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -15,7 +15,7 @@ from actors.attempt_online import OnlineAttempt, generator_spec
 from actors.bundles import layout_of
 from actors.generator import GeneratorSpec, Sampling
 from actors.generator_pool import GeneratorPool
-from actors.transfers import MemoryTransfer, NcclTransfer
+from actors.transfers import IpcTransfer, MemoryTransfer, NcclTransfer
 from actors.vllm_engine import arguments
 from modeseek_ray.config import JobConfig, Resources, Training, parse_config
 from modeseek_ray.errors import ConfigError
@@ -73,6 +73,16 @@ def test_colocated_engines_share_their_trainer_s_card() -> None:
             {"weight_transfer": "nccl", "gpus_per_worker": 0.5, "colocated": True},
             r"cannot be in one communicator twice\. .* weight_transfer to object_store",
         ),
+        (
+            {"weight_transfer": "ipc", "gpus_per_worker": 0.5},
+            "without colocated every engine is on another one",
+        ),
+        ({"weight_transfer": "ipc", "colocated": True}, "gpus_per_worker 0 gives no worker one"),
+        (
+            {"trainers": 2, "gpus_per_worker": 0.5},
+            "two trainers with 0.5 of a GPU may be put on the same one",
+        ),
+        ({"trainers": 2, "generators": 2, "gpus_per_worker": 0.2, "colocated": True}, "with 0.2 of a GPU"),
     ],
 )
 def test_what_does_not_go_together_is_refused(resources: dict[str, Any], said: str) -> None:
@@ -89,6 +99,7 @@ def test_what_does_not_go_together_is_refused(resources: dict[str, Any], said: s
         ({"gpus_per_worker": 1.0, "weight_transfer": "nccl"}, "nccl"),
         ({"gpus_per_worker": 1.0, "weight_transfer": "object_store"}, "chunks"),
         ({"gpus_per_worker": 0.5, "colocated": True}, "chunks"),
+        ({"gpus_per_worker": 0.5, "colocated": True, "weight_transfer": "ipc"}, "ipc"),
     ],
 )
 def test_weights_go_from_card_to_card_where_that_is_asked_for(
@@ -97,7 +108,9 @@ def test_weights_go_from_card_to_card_where_that_is_asked_for(
     assert spec_of(online(**resources)).transfer == transfer
 
 
-@pytest.mark.parametrize(("transfer", "kind"), [("nccl", NcclTransfer), ("chunks", MemoryTransfer)])
+@pytest.mark.parametrize(
+    ("transfer", "kind"), [("nccl", NcclTransfer), ("ipc", IpcTransfer), ("chunks", MemoryTransfer)]
+)
 def test_an_attempt_takes_the_transfer_its_engines_were_told_of(transfer: str, kind: type) -> None:
     """And rank 0's own address, for the group to meet at."""
 
@@ -112,6 +125,13 @@ def test_an_attempt_takes_the_transfer_its_engines_were_told_of(transfer: str, k
     assert type(found) is kind
     if transfer == "nccl":
         assert found._meeting == {"master_address": "10.0.0.7", "master_port": 4321}
+
+
+def test_a_plan_says_of_each_way_how_it_travels() -> None:
+    from actors.commands.check import TRANSFERS
+
+    assert set(TRANSFERS) == set(get_args(Resources.model_fields["weight_transfer"].annotation))
+    assert all("not yet run" in said for way, said in TRANSFERS.items() if way != "object_store")
 
 
 def test_sleeping_and_working_at_once_is_refused() -> None:

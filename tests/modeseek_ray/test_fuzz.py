@@ -44,7 +44,7 @@ JOB_SEEDS = [
     json.dumps(job).encode()
     for job in (
         {"model": "m", "training_file": "f", "seed": 1, "suffix": "s", "metadata": {"a": "b"}},
-        {"model": "m", "training_file": "f", "resources": {"trainers": 2, "zero_stage": 3, "gpus_per_worker": 0.5}},
+        {"model": "m", "training_file": "f", "resources": {"trainers": 2, "zero_stage": 3, "gpus_per_worker": 1}},
         {"model": "m", "training_file": "f", "method": {"type": "weighted", "weighted": {
             "likelihood": {"scheme": "ratio_power", "gamma": {"ess": {"floor": 0.3, "max": 1.0}}},
             "reward": {"scheme": "exponential", "beta": 0.5, "scope": "group"}, "guards": {"cap": 10.0}}}},

@@ -146,6 +146,13 @@ def test_writing_reads_the_weights_for_every_token() -> None:
     assert "2 waves of 32 samples" in next(p.formula for p in found.step if p.name == "generate")
 
 
+def test_weights_that_stay_on_a_card_are_copied_three_times() -> None:
+    shared = {"trainers": 2, "generators": 2, "gpus_per_worker": 0.5, "colocated": True}
+    for stage, moved in ((2, 6), (3, 7)):  # ZeRO-3 gathers them first; the wire is as fast as memory here
+        job = config(online(), weight_transfer="ipc", zero_stage=stage, **shared)
+        assert seconds(scale(job, model(), PLAIN))["sync"] == pytest.approx(moved * 4 * 1.2e6 / 1e9)
+
+
 def test_staleness_overlaps_writing_and_training() -> None:
     strict = scale(config(online(), gpus_per_worker=1.0), model(), PLAIN)
     ahead = scale(config(online(max_staleness=1), gpus_per_worker=1.0), model(), PLAIN)
