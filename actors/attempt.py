@@ -9,112 +9,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from actors.attempt_spec import FROM_DISK, AttemptResult, AttemptSpec
 from actors.driver import Driver, Outcome, Plan
-from actors.generator import GeneratorSpec
-from actors.generator_pool import GeneratorPool
+from actors.export import Exported, largest_difference
 from actors.journal import ResultJournal
+from actors.objective import objective_of
 from actors.origin import origin_of
+from actors.placement import Placement
 from actors.pools import TrainerPool
-from actors.reward_model import ClassifierPool, RewardModelSpec
 from actors.roles import Source
 from actors.rounds import FrozenRounds
 from actors.row_files import RowFileStore
 from actors.score_cache import Scores
-from actors.scorers import ScorerPool
 from actors.scoring import ScoringSpec, score_dataset, scores_of
 from actors.sources import DatasetSource, probe_groups
 from actors.trainer import TrainerSpec
-from modeseek_ray.config import JobConfig
 from modeseek_ray.data.auto import ResolvedTraining, resolve_training
 from modeseek_ray.data.cursor import Cursor
 from modeseek_ray.data.dataset import Dataset
 from modeseek_ray.data.loading import load_samples
 from modeseek_ray.data.rows import Role
 from modeseek_ray.data.tokenizer import ChatTokenizer
-from modeseek_ray.errors import ConfigError, ModeseekError, NumericsError
+from modeseek_ray.errors import ConfigError, ModeseekError
 from modeseek_ray.jobs.models import ModelInfo
 from modeseek_ray.jobs.plan import checkpoint_bytes
-from modeseek_ray.objectives.parameters import Mis, Tis, factor_parameters
 from modeseek_ray.reports.results import JobRecord, write_job
-from modeseek_ray.rewards.endpoints import Endpoint
-from modeseek_ray.types import FloatArray, Mismatch, Objective, RatioClip, Sample
-from modeseek_ray.weights import first_order_ratio, needs
+from modeseek_ray.types import Sample
+from modeseek_ray.weights import needs
 
 SCORING_DEADLINE_S = 6 * 3600.0
 EXPORT_CHECK_SAMPLES = 16
-FROM_DISK = Path("newest")
-# Most that a reloaded export's log-probabilities may be off, in nats per token.
-EXPORT_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-
-
-class Placement(Protocol):
-    """Where workers run: this process (`local.py`) or a Ray cluster (`cluster.py`)."""
-
-    on_ray: bool
-
-    def put(self, block: Any) -> Any: ...
-
-    async def reserve(
-        self,
-        *,
-        trainers: int,
-        generators: int = 0,
-        generator: GeneratorSpec | None = None,
-        scorers: int = 0,
-        classifiers: Sequence[RewardModelSpec] = (),
-    ) -> None:
-        """Room for all of a job's workers at once, before the first of them starts."""
-        ...
-
-    async def trainers(self, spec: TrainerSpec, count: int) -> TrainerPool: ...
-
-    async def generators(self, spec: GeneratorSpec, count: int) -> GeneratorPool: ...
-
-    async def meeting(self) -> tuple[str, int]:
-        """Address of trainer rank 0's node and a free port there. Await `trainers` before."""
-        ...
-
-    async def scorers(self, spec: ScoringSpec, count: int) -> ScorerPool: ...
-
-    async def classifiers(self, specs: Sequence[RewardModelSpec], count: int) -> ClassifierPool: ...
-
-    async def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class AttemptSpec:
-    """What an attempt starts from."""
-
-    job_id: str
-    attempt: int
-    config: JobConfig
-    files: Mapping[str, Path]  # by role: training_file, validation_file, retention_file, replay_file
-    model_path: Path
-    directory: Path  # the job's: checkpoints/, results/, model/
-    cache: Path  # shared by jobs: reference scores
-    behavior_model_path: Path | None = None
-    endpoints: tuple[Endpoint, ...] = ()  # judges that graders may ask
-    judges: Mapping[str, Path] = field(default_factory=dict)  # graders' local classifiers, by name
-    # The newest checkpoint that a store has committed (None = none yet). FROM_DISK: no store keeps
-    # this job's history, so a checkpoint that is complete on disk is committed.
-    committed: Path | None = FROM_DISK
-
-
-@dataclass(frozen=True)
-class AttemptResult:
-    """How it ended, and what there is to show."""
-
-    outcome: Outcome
-    model_path: Path | None = None
-    result_files: Sequence[Path] = ()
-    picked: Mapping[str, Any] = field(default_factory=dict)
-    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,15 +53,6 @@ class JobData:
 
     dataset: Dataset
     probes: Mapping[str, list[Sample]]
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A model on disk, and how likely some samples were under the weights it was written from."""
-
-    samples: list[Sample]
-    log_prob_N: FloatArray
-    sha256: str
 
 
 class Attempt:
@@ -362,7 +283,7 @@ class Attempt:
         for group in await trainer.score_live(probe_groups(samples, self._placement.put)):
             # A group gathers the rows of a prompt; the check reads them in their own order.
             expected_N[group.payload.index_N] = group.log_policy_N
-        return Exported(list(samples), expected_N, await trainer.weights_sha256())
+        return Exported(samples, expected_N, await trainer.weights_sha256())
 
     async def _check_export(self, exported: Exported) -> None:
         """Load the export as a user would and compare. A model that differs is not a success."""
@@ -374,15 +295,7 @@ class Attempt:
             on_ray=self._placement.on_ray,
             deadline_s=1800,
         )
-        num_tokens_N = np.array([s.num_tokens for s in exported.samples])
-        off = float(np.max(np.abs(found_N - exported.log_prob_N) / num_tokens_N))
-        tolerance = EXPORT_TOLERANCE[self._config.resources.dtype]
-        if not off <= tolerance:
-            raise NumericsError(
-                f"the exported model's log-probabilities differ from the trainer's by {off:.2e} nats per token"
-                f" (allowed: {tolerance:.0e}).",
-                mend="The checkpoint is intact; resume the job to export again, and report this.",
-            )
+        off = largest_difference(exported, found_N, self._config.resources.dtype)
         await self._journal.message(
             f"Export checked: within {off:.1e} nats per token.", export_error_nats=off
         )
@@ -397,29 +310,3 @@ class Attempt:
         """`results/job.json`: what the report shows beside the curves."""
         self._job_record = replace(self._job_record, status=status, **figures)
         write_job(self._spec.directory / "results", self._job_record)
-
-
-def objective_of(config: JobConfig) -> Objective:
-    """The part of the method that the trainer applies: token factors, clips, KL, routes, aggregation."""
-    weighting, online = config.weighting, config.online
-    clip = None if online is None else online.effective_clip
-    mismatch = None if online is None else online.mismatch
-    return Objective(
-        aggregation=config.training.aggregation,
-        token_factor=weighting.token.scheme,
-        token_parameters=factor_parameters(weighting.token),
-        kl_direction=None if weighting.kl is None else weighting.kl.direction,
-        temperature=1.0 if online is None else online.rollout.temperature,
-        clip=None if clip is None else RatioClip(**clip.model_dump()),
-        mismatch=None if mismatch is None else _mismatch(mismatch),
-        routing_replay=config.routing_replay,
-        router_aux_loss_coef=config.training.router_aux_loss_coef,
-        delta_of=first_order_ratio(weighting),
-        sample_kl="distance" in needs(weighting),
-    )
-
-
-def _mismatch(section: Tis | Mis) -> Mismatch:
-    if isinstance(section, Tis):
-        return Mismatch("tis", low=0.0, high=section.cap, level=section.level)
-    return Mismatch("mis", low=section.low, high=section.high, level=section.level)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.answers import Answerer
-from actors.attempt import Attempt, AttemptResult
+from actors.attempt import Attempt
 from actors.attempt_online import generator_spec
+from actors.attempt_spec import AttemptResult
 from actors.driver import DriverState, Outcome
 from actors.grading import Grading
 from actors.rollouts import Rollout, RolloutStore, by_prompt

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from actors.answers import Answerer
-from actors.attempt import EXPORT_CHECK_SAMPLES, Attempt, AttemptResult
+from actors.attempt import EXPORT_CHECK_SAMPLES, Attempt
+from actors.attempt_spec import AttemptResult
 from actors.canary import tokens_to_reach
 from actors.generator import GeneratorSpec, Sampling
 from actors.generator_pool import GeneratorPool

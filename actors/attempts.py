@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from actors.attempt import Attempt, AttemptSpec, Placement
+from actors.attempt import Attempt
 from actors.attempt_best_of_n import BestOfNAttempt
 from actors.attempt_online import OnlineAttempt
+from actors.attempt_spec import AttemptSpec
 from actors.journal import ResultJournal
+from actors.placement import Placement
 from modeseek_ray.config import JobConfig, rooted
 from modeseek_ray.errors import ModeseekError
 

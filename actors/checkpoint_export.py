@@ -9,8 +9,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from actors.attempt import Placement, objective_of
 from actors.checkpoint import CheckpointStore
+from actors.objective import objective_of
+from actors.placement import Placement
 from actors.trainer import TrainerSpec
 from modeseek_ray.jobs.spec import JobSpec
 

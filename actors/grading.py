@@ -14,7 +14,7 @@ from modeseek_ray.rewards.build import local_models
 from modeseek_ray.rewards.endpoints import Endpoint
 
 if TYPE_CHECKING:
-    from actors.attempt import Placement
+    from actors.placement import Placement
 
 
 @dataclass(frozen=True)

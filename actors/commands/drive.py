@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from actors.attempt import AttemptResult, AttemptSpec
+from actors.attempt_spec import AttemptResult, AttemptSpec
 from actors.attempts import attempt_of, paths_as_written
 from actors.cluster import RayPlacement, check_nodes, connect
 from actors.endings import would_come_again

@@ -10,13 +10,14 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.attempt import AttemptResult, AttemptSpec, Placement
+from actors.attempt_spec import AttemptResult, AttemptSpec
 from actors.attempts import attempt_of, paths_as_written
 from actors.cli.follow import Follower
 from actors.commands.preflight import files_of, local_judges, local_model, preflight
 from actors.journal import CallbackSink, ResultJournal
 from actors.local import LocalPlacement
 from actors.nodes import marked
+from actors.placement import Placement
 from actors.trackers import trackers_of
 from modeseek_ray.config import read_config
 from modeseek_ray.data.check import inspect_job

@@ -14,10 +14,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from actors import attempt as attempt_module
-from actors.attempt import Attempt, AttemptResult, AttemptSpec, Placement
+from actors.attempt import Attempt
+from actors.attempt_spec import AttemptResult, AttemptSpec
 from actors.commands.preflight import preflight
 from actors.journal import CallbackSink, ResultJournal
 from actors.local import LocalPlacement
+from actors.placement import Placement
 from actors.trackers import trackers_of
 from modeseek_ray.config import parse_config
 from modeseek_ray.data.check import inspect_job

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.answers import Answerer
-from actors.attempt import AttemptSpec
 from actors.attempt_online import OnlineAttempt
+from actors.attempt_spec import AttemptSpec
 from actors.cluster import RayPlacement
 from actors.generator import seed_of
 from actors.journal import CallbackSink, ResultJournal

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from actors.attempt import Attempt, AttemptResult, AttemptSpec
+from actors.attempt import Attempt
+from actors.attempt_spec import AttemptResult, AttemptSpec
 from actors.journal import CallbackSink, ResultJournal
 from actors.local import LocalPlacement
 from modeseek_ray.config import parse_config

@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from actors.attempt import Attempt, AttemptSpec
+from actors.attempt import Attempt
+from actors.attempt_spec import AttemptSpec
 from actors.journal import CallbackSink, ResultJournal
 from actors.local import LocalPlacement
 from modeseek_ray.config import parse_config

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from actors.export import verify_export
+from actors.export import Exported, largest_difference
+from actors.modeling import load_causal_lm
 from modeseek_ray.config import Lora, Training
 from modeseek_ray.errors import NumericsError
 from modeseek_ray.types import Sample
@@ -31,6 +33,17 @@ def tied(tmp_path_factory: pytest.TempPathFactory, tiny_dense: Path) -> Path:
         Qwen3ForCausalLM(config).save_pretrained(directory)
     AutoTokenizer.from_pretrained(tiny_dense).save_pretrained(directory)
     return directory
+
+
+@torch.no_grad()
+def log_probs_of(model: Any, samples: list[Sample]) -> np.ndarray:
+    """log p of each sample's trained tokens in nats, from the model's own logits and not by our scoring."""
+    found = []
+    for sample in samples:
+        ids = torch.from_numpy(sample.token_ids_T.astype(np.int64))
+        log_prob = model.eval()(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+        found.append(sum(float(log_prob[t - 1, ids[t]]) for t in np.flatnonzero(sample.trained_T)))
+    return np.array(found)
 
 
 def train(trainer: Trainer, samples: list[Sample]) -> np.ndarray:
@@ -71,7 +84,9 @@ def test_round_trip(
     sha256 = trainer.sha256()
     trainer.each("export", str(tmp_path))
     assert trainer.sha256() == sha256, "exporting must not change the weights"
-    assert verify_export(tmp_path, samples, expected_N, dtype=dtype) < (1e-5 if dtype == "float32" else 2e-2)
+    found_N = log_probs_of(load_causal_lm(tmp_path, dtype), samples)
+    off = largest_difference(Exported(samples, expected_N, sha256), found_N, dtype)
+    assert off < (1e-5 if dtype == "float32" else 2e-2)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / name).exists() == (model / name).exists()
     assert not list(tmp_path.glob("*.bin"))
@@ -87,22 +102,17 @@ def test_adapter_loads_with_peft(start: Start, samples: list[Sample], tmp_path: 
     expected_N = train(trainer, samples)
     trainer.each("export", str(tmp_path))
     base = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    for sample, expected in zip(samples, expected_N, strict=True):
-        ids = torch.from_numpy(sample.token_ids_T.astype(np.int64))
-        with torch.no_grad():
-            log_prob = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
-        found = sum(float(log_prob[t - 1, ids[t]]) for t in np.flatnonzero(sample.trained_T))
-        assert found == pytest.approx(expected, rel=1e-5)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert log_probs_of(model, samples) == pytest.approx(expected_N, rel=1e-5)
 
 
 def test_a_model_that_differs_is_not_a_success(samples: list[Sample], tiny_dense: Path, start: Start) -> None:
     """One nat off on row 3, whose trained tokens are few."""
     expected_N = start().score(samples)
-    assert verify_export(tiny_dense, samples, expected_N) < 1e-5
-    expected_N[3] += 1.0
-    with pytest.raises(NumericsError, match="row 3 differs"):
-        verify_export(tiny_dense, samples, expected_N)
-    expected_N[3] = np.nan
-    with pytest.raises(NumericsError, match="row 3 differs"):
-        verify_export(tiny_dense, samples, expected_N)
+    found_N = log_probs_of(load_causal_lm(tiny_dense, "float32"), samples)
+    exported = Exported(samples, expected_N, "")
+    assert largest_difference(exported, found_N, "float32") < 1e-5
+    for wrong in (expected_N[3] + 1.0, np.nan):
+        found_N[3] = wrong
+        with pytest.raises(NumericsError, match="differ from the trainer's: row 3 by"):
+            largest_difference(exported, found_N, "float32")

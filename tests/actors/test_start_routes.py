@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.attempt import Attempt, AttemptSpec
+from actors.attempt import Attempt
+from actors.attempt_spec import AttemptSpec
 from actors.cluster import RayPlacement
 from actors.commands.preflight import refuse_replay_without_experts
 from actors.journal import CallbackSink, ResultJournal

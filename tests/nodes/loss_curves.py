@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.attempt import Attempt, AttemptSpec
+from actors.attempt import Attempt
+from actors.attempt_spec import AttemptSpec
 from actors.cluster import RayPlacement, connect
 from actors.journal import CallbackSink, ResultJournal
 from modeseek_ray.config import parse_config
