@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from modeseek_ray.data.parsing import parse_records
 from modeseek_ray.data.problems import Problems, raise_first
-from modeseek_ray.data.reader import read_records
 from modeseek_ray.data.rows import Role, Row, parse_row
 from modeseek_ray.data.tokenizer import ChatTokenizer, Encoded
 from modeseek_ray.errors import DataError
@@ -55,30 +55,7 @@ def load_samples(
 
 def read_rows(path: Path | str, problems: Problems, role: Role = "training") -> Iterator[Row]:
     """The sound rows of a file; what is wrong with the others goes into `problems`."""
-    seen: dict[str | int, int] = {}
-    num_records = 0
-    try:
-        for number, record in read_records(path):
-            num_records += 1
-            try:
-                if isinstance(record, DataError):
-                    raise record
-                row = parse_row(number, record, role)
-                if row.id is not None and (first := seen.setdefault(row.id, number)) != number:
-                    raise DataError(
-                        f"the id {str(row.id)[:64]!r} was used before, in line {first + 1}.",
-                        mend="Give each row an id of its own, or none.",
-                        code="duplicate_id",
-                    )
-            except DataError as error:
-                problems.add(error, number + 1)
-            else:
-                yield row
-    except DataError as error:  # the file as a whole
-        problems.add(error)
-        return
-    if num_records == 0:
-        problems.add(DataError("the file has no rows.", mend="Add rows.", code="empty_file"))
+    return parse_records(path, problems, lambda number, record: parse_row(number, record, role))
 
 
 def tokenise(

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modeseek_ray.data.parsing import parse_records
 from modeseek_ray.data.problems import Problems, raise_first
-from modeseek_ray.data.reader import Record, read_records
+from modeseek_ray.data.reader import Record
 from modeseek_ray.data.rows import label_field, number_field, parse_messages, text_field, tools_field
 from modeseek_ray.data.tokenizer import ChatTokenizer
 from modeseek_ray.errors import DataError
@@ -76,30 +77,7 @@ def _messages(given: Any) -> list[Mapping[str, Any]]:
 
 def read_prompts(path: Path | str, problems: Problems) -> Iterator[PromptRow]:
     """The sound rows of a file; what is wrong with the others goes into `problems`."""
-    seen: dict[str | int, int] = {}
-    num_records = 0
-    try:
-        for line, record in read_records(path):
-            num_records += 1
-            try:
-                if isinstance(record, DataError):
-                    raise record
-                row = parse_prompt(line, record)
-                if row.id is not None and (first := seen.setdefault(row.id, line)) != line:
-                    raise DataError(
-                        f"the id {str(row.id)[:64]!r} was used before, in line {first + 1}.",
-                        mend="Give each row an id of its own, or none.",
-                        code="duplicate_id",
-                    )
-            except DataError as error:
-                problems.add(error, line + 1)
-            else:
-                yield row
-    except DataError as error:  # the file as a whole
-        problems.add(error)
-        return
-    if num_records == 0:
-        problems.add(DataError("the file has no rows.", mend="Add rows.", code="empty_file"))
+    return parse_records(path, problems, parse_prompt)
 
 
 def encode_prompt(row: PromptRow, tokenizer: ChatTokenizer, max_tokens: int | None) -> Prompt:
