@@ -28,7 +28,8 @@ from actors.network import free_ports
 from modeseek_ray.errors import WorkerError
 
 START_DEADLINE_S = 120.0
-DRAIN_S = 20.0
+# To end by itself. Where Ray Data has left its three actors behind, Ray never does.
+DRAIN_S = 5.0
 # Not Ray's own choice, 10,002 to 19,999, which another Ray on this machine may use.
 FIRST_WORKER_PORT, LAST_WORKER_PORT = 20_000, 29_999
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -198,18 +198,57 @@ def _here(blocks: Sequence[pa.Table], spec: ScoringSpec) -> Iterator[Scored]:
 
 
 def _on_ray(blocks: Sequence[pa.Table], spec: ScoringSpec, num_scorers: int) -> Iterator[Scored]:
-    """Ray Data's actor pool. It restarts scorers that died and gives their blocks to others."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # otherwise only its text comes back
     environment = {
         "OMP_NUM_THREADS": str(spec.num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve the other workers
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }
+    if min(num_scorers, len(blocks)) == 1:
+        return _by_one_actor(blocks, spec, environment)
+    return _by_ray_data(blocks, spec, num_scorers, environment)
+
+
+def _by_one_actor(
+    blocks: Sequence[pa.Table], spec: ScoringSpec, environment: dict[str, str]
+) -> Iterator[Scored]:
+    """Ray starts it again if it dies, and asks it again. Ray Data would start three actors more to look after it.
+
+    Those are left behind, too, and hold up the end of a cluster.
+    """
+    import ray
+
+    scorer = (
+        ray.remote(BlockScorer)
+        .options(
+            num_cpus=spec.cpus_per_worker,
+            num_gpus=spec.gpus_per_worker,
+            max_restarts=3,
+            max_task_retries=3,
+            runtime_env={"env_vars": environment},
+        )
+        .remote(spec)
+    )
+    try:
+        coming: Any = None  # one block is on its way while another is computed
+        for block in blocks:
+            before, coming = coming, scorer.__call__.remote(block)
+            if before is not None:
+                yield _scored(ray.get(before))
+        yield _scored(ray.get(coming))
+    finally:
+        ray.kill(scorer)
+
+
+def _by_ray_data(
+    blocks: Sequence[pa.Table], spec: ScoringSpec, num_scorers: int, environment: dict[str, str]
+) -> Iterator[Scored]:
+    """Ray Data's actor pool. It restarts scorers that died and gives their blocks to others."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # otherwise only its text comes back
     scored = ray.data.from_arrow(list(blocks)).map_batches(
         BlockScorer,
         fn_constructor_args=(spec,),

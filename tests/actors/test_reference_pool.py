@@ -1,4 +1,4 @@
-"""Scoring through Ray Data: the same bits for any number of scorers, deaths and held CPUs survived."""
+"""Scoring on Ray, by one actor or several: the same bits for any number, deaths and held CPUs survived."""
 
 from __future__ import annotations
 
@@ -49,8 +49,15 @@ def here_N(dataset: list[Sample], spec: ScoringSpec) -> FloatArray:
 
 @pytest.mark.parametrize("num_scorers", [1, 4])
 def test_any_number_of_scorers_gives_the_same_bits(
-    ray_cluster: Any, dataset: list[Sample], spec: ScoringSpec, here_N: FloatArray, num_scorers: int
+    ray_cluster: Any,
+    dataset: list[Sample],
+    spec: ScoringSpec,
+    here_N: FloatArray,
+    num_scorers: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if num_scorers == 1:  # it needs nobody to hand out its blocks
+        monkeypatch.setattr(scoring, "_by_ray_data", None)
     assert len(cut(dataset, spec.micro_batch_tokens)) >= 4
     free = ray_cluster.available_resources()["CPU"]  # engines that all tests share hold theirs
     np.testing.assert_array_equal(run(dataset, spec, num_scorers=num_scorers), here_N)
@@ -78,6 +85,7 @@ class DiesOnce(BlockScorer):
         return super().__call__(block)
 
 
+@pytest.mark.parametrize("num_scorers", [1, 2])
 def test_a_scorer_that_died_has_its_block_computed_again(
     ray_cluster: Any,
     dataset: list[Sample],
@@ -85,6 +93,7 @@ def test_a_scorer_that_died_has_its_block_computed_again(
     here_N: FloatArray,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    num_scorers: int,
 ) -> None:
     marker = tmp_path / "died"
 
@@ -93,7 +102,7 @@ def test_a_scorer_that_died_has_its_block_computed_again(
             super().__init__(spec, str(marker))
 
     monkeypatch.setattr(scoring, "BlockScorer", Dying)
-    np.testing.assert_array_equal(run(dataset, spec, num_scorers=2), here_N)
+    np.testing.assert_array_equal(run(dataset, spec, num_scorers=num_scorers), here_N)
     assert marker.exists()
 
 
