@@ -14,6 +14,7 @@ from playwright.sync_api import Page, expect
 
 from tests.modeseek_ray.reports import synthetic
 from tests.modeseek_ray.service.browser.story import Story
+from tests.modeseek_ray.service.conftest import ROWS
 
 Open = Callable[..., Page]
 FLOOD = 100_000
@@ -142,7 +143,7 @@ def test_jobs_are_chosen_and_compared(service: Any, finished: dict[str, Story], 
 def test_a_job_is_submitted_by_the_form_and_mistakes_are_shown_at_their_field(
     service: Any, open_page: Open
 ) -> None:
-    service.upload(name="to-choose.jsonl")
+    service.upload(ROWS * 8, name="to-choose.jsonl")  # enough for the preset's floor on the ESS to bind
     page = open_page(f"{service.url}/#/submit")
     page.get_by_label("Model", exact=True).fill("/nowhere")
     page.get_by_label("Training file", exact=True).select_option(index=1)
