@@ -197,6 +197,24 @@ def test_the_front_is_that_of_the_reports() -> None:
         const points = [{ x: 0.9, y: 0.2 }, { x: 0.5, y: 0.8 }, { x: 0.4, y: 0.7 }];
         assert.deepEqual(paretoFront(points), [true, true, false]);
         assert.deepEqual(paretoFront([{ x: 1, y: 1 }, { x: 1, y: 1 }]), [true, true]);
+        // What the table shows as equal is equal: 98.5 % and 98.46 %.
+        assert.deepEqual(paretoFront([{ x: 0.985, y: 0.5 }, { x: 0.9846, y: 0.8 }]), [false, true]);
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_axes_do_not_blow_up_a_level_line_and_the_last_value_holds() -> None:
+    done = run_node("""
+        import assert from "node:assert/strict";
+        const { newest, rangeOf } = await import("./scale.js");
+        assert.deepEqual(rangeOf(0, 0), [0, 1]); // not 0 to 100, as if there were something to see
+        assert.deepEqual(rangeOf(0.5, 0.5), [0, 0.53]);
+        assert.deepEqual(rangeOf(-1, -1), [-1.06, 0]);
+        assert.deepEqual(rangeOf(0.5, 2), [0, 2.12]); // zero is near: it is shown
+        assert.deepEqual(rangeOf(10, 11), [9.94, 11.06]); // and far: it is not
+        assert.deepEqual(rangeOf(null, null), [0, 1]);
+        assert.equal(newest([1, undefined, 3, undefined], 3), 3);
+        assert.equal(newest([undefined, 2], 0), null);
     """)
     assert done.returncode == 0, done.stderr
 

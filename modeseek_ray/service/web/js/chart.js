@@ -3,6 +3,7 @@
 import uPlot from "../vendor/uPlot.js";
 import { fresh, h, put, say } from "./dom.js";
 import { number } from "./format.js";
+import { newest, rangeOf, short } from "./scale.js";
 import { align, lowerBound, thin } from "./thin.js";
 
 const HEIGHT = 210;
@@ -68,6 +69,7 @@ export class Chart {
     const key = JSON.stringify([this.#lines.map((line) => [line.label, line.name]), width]);
     if (key !== this.#key) this.#build(key, width, data);
     else this.#plot.setData(data);
+    this.stage.dataset.points = data[0].length; // for whoever looks from outside: tests
     if (!this.#plot.cursor.left || this.#plot.cursor.left < 0) this.#plot.setLegend({ idx: data[0].length - 1 }, false);
     this.#sayStrip();
     if (this.details.open) this.#fillTable();
@@ -102,7 +104,7 @@ export class Chart {
     this.#plot = new uPlot({
       width,
       height: HEIGHT,
-      scales: { x: { time: false }, y: range ? { range } : {} },
+      scales: { x: { time: false }, y: { range: range ?? ((_, low, high) => rangeOf(low, high)) } },
       axes: [{ ...axis, size: 32 }, { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : short(tick))) }],
       series: [{ label: "step" }, ...this.#lines.map((line, i) => this.#series(line, i))],
       cursor: { sync: { key: this.syncKey }, drag: { setScale: false, x: true, y: false }, points: { size: 7 } },
@@ -126,7 +128,7 @@ export class Chart {
       dash: DASHES[Math.floor(i / NUM_COLORS) % DASHES.length] ?? line.dash,
       spanGaps: true,
       points: { show: sparse ? undefined : false, size: 5 },
-      value: (_, value) => (value === null || value === undefined ? "–" : number(value)),
+      value: (plot, _, series, index) => number(newest(plot.data[series], index)),
     };
   }
 
@@ -147,7 +149,7 @@ export class Chart {
     const steps = source.steps;
     for (let x = 0; x < width; x += 2) {
       const text = texts[Math.min(lowerBound(steps, plot.posToVal((left + x) / devicePixelRatio - plot.over.offsetLeft, "x")), steps.length - 1)];
-      if (!text) continue;
+      if (!text || text === "none") continue;
       plot.ctx.fillStyle = color(`series-${STRIP_COLORS[text] ?? 8}`);
       plot.ctx.fillRect(left + x, top + height - depth, 2, depth);
     }
@@ -158,7 +160,8 @@ export class Chart {
     const texts = source?.text(this.figure.strip);
     if (!texts) return;
     const counts = new Map();
-    for (const text of texts) if (text) counts.set(text, (counts.get(text) ?? 0) + 1);
+    for (const text of texts) if (text && text !== "none") counts.set(text, (counts.get(text) ?? 0) + 1);
+    if (!counts.size) return;
     const total = [...counts.values()].reduce((a, b) => a + b, 0);
     put(this.strip, "Bound by ", ...[...counts].sort((a, b) => b[1] - a[1]).map(([text, count]) =>
       h("span.key", {}, h(`span.swatch.s${STRIP_COLORS[text] ?? 8}`), `${text} ${Math.round((100 * count) / total)} %`)));
@@ -218,10 +221,4 @@ function sparsity(line) {
   let known = 0;
   for (const value of values) known += Number.isNaN(value) ? 0 : 1;
   return known < 3 || known > 200 ? (known < 3 ? Infinity : 1) : values.length / known;
-}
-
-function short(tick) {
-  const size = Math.abs(tick);
-  if (size !== 0 && (size >= 1e5 || size < 1e-3)) return tick.toExponential(0);
-  return String(Number(tick.toPrecision(6)));
 }

@@ -62,7 +62,7 @@ export function compareView(place, list) {
     const jobs = paths.filter(({ path }) => path && path.measure === measure)
       .map(({ feed, path }) => ({ id: feed.jobId, label: labelOf(feed), points: path.points }));
     const without = paths.filter(({ path }) => !path || path.measure !== measure).map(({ feed }) => (feed.job ? labelOf(feed) : feed.jobId));
-    put(pareto, ...(jobs.length ? scatter(jobs, measure) : []),
+    put(pareto, jobs.length ? h("div.pair", {}, ...scatter(jobs, measure, pareto.clientWidth)) : "",
       without.length ? absent(`Without evaluations of both a validation_file and a retention_file, or in another measure: ${without.join(", ")}.`) : "");
   }
 }

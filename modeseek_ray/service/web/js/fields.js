@@ -171,7 +171,7 @@ function nested(context, path) {
 
 function leftOut(shape) {
   const { default: value } = shape;
-  if (value === undefined || value === null) return shape.optional ? "none" : "";
+  if (value === undefined || value === null || value === "") return shape.optional ? "none" : "";
   return typeof value === "object" ? "default" : `default: ${value}`;
 }
 

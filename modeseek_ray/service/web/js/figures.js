@@ -14,7 +14,7 @@ export const FIGURES = [
   {
     id: "ess", title: "Effective sample size, ESS/n", unit: "", range: [0, 1], band: [0.2, 0.5],
     lines: [only("ess_ratio", "ESS/n")],
-    note: "1 = every row counts the same. The band is the healthy range for a fixed γ; a floor holds the curve above it.",
+    note: "1 = every row counts the same, as in plain fine-tuning; below 0.1 too few learn. The band is healthy for a fixed γ; a floor holds the curve above it.",
   },
   {
     id: "gamma", title: "γ, and what bound it", unit: "", strip: "bound_by",

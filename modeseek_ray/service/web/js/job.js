@@ -96,10 +96,12 @@ export function jobView(place, jobId) {
       ["Attempt", job.attempt > 1 ? String(job.attempt) : null],
       ["Created", moment(job.created_at)],
       ["Finished", job.finished_at ? moment(job.finished_at) : null],
+      ["Took, waiting included", job.finished_at ? seconds(job.finished_at - job.created_at) : null],
       ["Model", job.fine_tuned_model],
     ].filter(([, value]) => value && value !== "–");
     if (facts.childElementCount !== known.length) put(facts, ...known.map(() => h("div", {}, h("dt"), h("dd"))));
     known.forEach(([name, value], i) => {
+      facts.children[i].className = name === "Model" ? "wide" : ""; // too long for a column
       say(facts.children[i].firstChild, name);
       say(facts.children[i].lastChild, value);
     });

@@ -18,7 +18,7 @@ export function jobsView(place) {
   const empty = h("p.empty", { hidden: true }, "No jobs yet. ", h("a", { href: "#/submit" }, "Fill in a form"), ", or ",
     h("code", {}, "modeseek submit job.yaml"), ".");
   const more = h("button", { type: "button", hidden: true, onclick: loadOlder }, "Older jobs");
-  const compare = h("a.button", { "aria-disabled": "true" }, "Compare the chosen");
+  const compare = h("a.button", { "aria-disabled": "true", title: "Choose jobs first" }, "Compare");
   const table = h("table.jobs", { hidden: true },
     h("caption.unseen", {}, "Jobs, newest first"),
     h("thead", {}, h("tr", {}, ...["", "Job", "State", "Progress", "Method", "Model", "Created", "Result"].map((text) =>
@@ -69,7 +69,7 @@ export function jobsView(place) {
   function choose(id, isChosen) {
     if (isChosen) chosen.add(id);
     else chosen.delete(id);
-    say(compare, chosen.size ? `Compare ${chosen.size} chosen` : "Compare the chosen");
+    say(compare, chosen.size ? `Compare ${chosen.size} chosen` : "Compare");
     if (chosen.size) {
       compare.removeAttribute("aria-disabled");
       compare.setAttribute("href", `#/compare/${[...chosen].map(encodeURIComponent).join(",")}`);
@@ -93,7 +93,7 @@ function makeRow(job, chosen, choose) {
     h("th", { scope: "row" }, h("a", { href: `#/jobs/${encodeURIComponent(job.id)}` }, name), name === job.id ? "" : h("span.sub", {}, job.id)),
     h("td", {}, status),
     h("td.progress", {}, bar, text),
-    h("td", {}, job.method.type), h("td", {}, h("code", { title: job.model }, tail(job.model))), h("td", {}, moment(job.created_at)), result);
+    h("td", {}, job.method.type), h("td", {}, h("code.cut", { title: job.model }, tail(job.model))), h("td", {}, moment(job.created_at)), result);
   return { node, update };
 
   function update(now) {
@@ -106,6 +106,6 @@ function makeRow(job, chosen, choose) {
       now.queue_position && now.estimated_start ? `starts about ${moment(now.estimated_start)}` : ""];
     say(text, parts.filter(Boolean).join(" · "));
     const outcome = now.error ? now.error.code : now.fine_tuned_model ?? "";
-    if (result.textContent !== outcome) put(result, outcome ? h("code", {}, outcome) : "");
+    if (result.textContent !== outcome) put(result, outcome ? h("code.cut", { title: outcome }, outcome) : "");
   }
 }

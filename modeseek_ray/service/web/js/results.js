@@ -9,6 +9,8 @@ const PAGE = 1000;
 const MOST_ROWS = 5000;
 const SHOWN = 10;
 const BINS = 30;
+const WIDEST = 640;
+const SAME = 1e-6; // of two mean weights, rounding apart
 
 export function checkpointsSection(jobId) {
   const place = h("div", {}, absent("None yet."));
@@ -47,7 +49,7 @@ export function rowsSection(jobId) {
     button.disabled = true;
     try {
       const ledger = await readLedger(jobId);
-      put(place, ...(ledger.rows.length ? drawLedger(ledger) : [absent("Nothing was weighed yet.")]));
+      put(place, ...(ledger.rows.length ? drawLedger(ledger, place.clientWidth) : [absent("Nothing was weighed yet.")]));
     } catch (error) {
       put(place, error.code === "weights_not_ready" ? absent(error.message) : notice(error));
     }
@@ -65,7 +67,11 @@ async function readLedger(jobId) {
   return { rows, page };
 }
 
-function drawLedger({ rows, page }) {
+function drawLedger({ rows, page }, room) {
+  const first = rows[0].mean;
+  if (rows.length === page.total && rows.every((row) => Math.abs(row.mean - first) < SAME)) {
+    return [absent(`All ${number(rows.length)} rows counted the same: mean weight ${number(first)}.`)];
+  }
   const byWeight = [...rows].sort((a, b) => b.mean - a.mean);
   const count = Math.min(SHOWN, Math.ceil(rows.length / 2));
   const partial = rows.length < page.total ? ` Of ${number(page.total)} rows the first ${number(rows.length)} are looked at here.` : "";
@@ -74,32 +80,37 @@ function drawLedger({ rows, page }) {
     : [rowTable("Most weighted rows", byWeight.slice(0, count)), rowTable("Least weighted rows", byWeight.slice(-count).reverse())];
   return [
     h("p", {}, `${number(page.num_starved)} rows starved and ${number(page.num_dominant)} dominated, of ${number(page.total)}.${partial}`),
-    histogram(rows.map((row) => row.mean)),
-    ...steering,
+    histogram(rows.map((row) => row.mean), Math.min(room || WIDEST, WIDEST)),
+    h("div.pair", {}, ...steering),
   ];
 }
 
-/** Rows by their mean weight, counts on a log scale so that a single row is seen beside thousands. */
-function histogram(values) {
+/** Rows by their mean weight, counts on a log scale so that a single row is seen beside thousands. `width`: pixels. */
+function histogram(values, width) {
   const top = Math.max(...values, 1e-9);
   const low = Math.min(...values, 0);
   const counts = new Array(BINS).fill(0);
   for (const value of values) counts[Math.min(Math.floor(((value - low) / (top - low)) * BINS), BINS - 1)] += 1;
-  const [width, height, bottom] = [600, 160, 22];
+  const [height, head, bottom] = [176, 20, 22];
   const tallest = Math.log1p(Math.max(...counts));
   const bars = counts.map((count, i) => {
-    const size = count ? Math.max((Math.log1p(count) / tallest) * (height - bottom - 8), 2) : 0;
+    const size = count ? Math.max((Math.log1p(count) / tallest) * (height - bottom - head), 2) : 0;
     const range = [i, i + 1].map((edge) => number(low + ((top - low) * edge) / BINS));
     return s("rect.bar", { x: (i * width) / BINS + 1, y: height - bottom - size, width: width / BINS - 2, height: size },
       s("title", {}, `${count} rows of weight ${range.join(" to ")}`));
   });
-  const text = (x, anchor, label) => s("text.tick", { x, y: height - 5, "text-anchor": anchor }, label);
+  const text = (x, anchor, label, y = height - 5) => s("text.tick", { x, y, "text-anchor": anchor }, label);
+  const at = (value) => ((value - low) / (top - low)) * width;
+  const highest = counts.indexOf(Math.max(...counts));
+  const isLeft = highest < BINS / 2;
+  const most = text(((highest + (isLeft ? 0 : 1)) * width) / BINS, isLeft ? "start" : "end", `${number(counts[highest])} rows`, head - 6);
+  const one = low < 1 && top > 1 ? s("line.one", { x1: at(1), x2: at(1), y1: head, y2: height - bottom }) : "";
   const label = `Histogram of mean weights: ${values.length} rows from ${number(low)} to ${number(top)}, ${counts[0]} of them in the lowest of ${BINS} bins.`;
   return h("figure.histogram", {}, h("h3", {}, "Mean weight of a row"),
-    s("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label }, ...bars,
+    s("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label }, ...bars, one, most,
       s("line.base", { x1: 0, x2: width, y1: height - bottom, y2: height - bottom }),
       text(0, "start", number(low)), text(width / 2, "middle", number((low + top) / 2)), text(width, "end", number(top))),
-    h("figcaption", {}, "1 = counts as in plain fine-tuning. Heights are logarithmic."));
+    h("figcaption", {}, one ? "The line at 1: counts as in plain fine-tuning." : "1 = counts as in plain fine-tuning.", " Heights are logarithmic."));
 }
 
 function rowTable(caption, rows) {
@@ -109,7 +120,7 @@ function rowTable(caption, rows) {
     h("caption", {}, caption),
     h("thead", {}, h("tr", {}, ...columns.map((name) => h("th", { scope: "col" }, name)))),
     h("tbody", {}, ...rows.map((row) => h("tr", {},
-      h("th", { scope: "row" }, String(row.row)), h("td.n", {}, number(row.mean)),
+      h("th", { scope: "row" }, String(row.row)), h("td.n", {}, row.mean < 0.01 ? number(row.mean) : row.mean.toFixed(3)),
       h("td", {}, row.trend ? h("span", { role: "img", "aria-label": TRENDS[row.trend] }, row.trend) : ""),
       hasReward ? h("td.n", {}, number(row.reward)) : "",
       h("td.text", {}, row.text ? [h("span.prompt", {}, row.text.prompt, "\n"), row.text.completion] : "–"))))));

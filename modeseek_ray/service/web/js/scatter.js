@@ -4,7 +4,8 @@ import { color } from "./chart.js";
 import { h, s } from "./dom.js";
 import { number, percent } from "./format.js";
 
-const SIZE = { width: 640, height: 400, left: 60, right: 30, top: 14, bottom: 40 };
+const WIDEST = 640;
+const SAME = 5e-4; // what no table here would show as a difference, half a tenth of a per cent
 
 /**
  * `{x, y}` of one job's evaluations, both larger = better, and what they are. Accuracies where both are
@@ -23,38 +24,45 @@ export function pathOf(table) {
   return null;
 }
 
-/** True for the points no other beats: at least as good on both axes, and better on one. */
+/** True for the points no other beats: as good on both axes, and better on one. */
 export function paretoFront(points) {
-  return points.map((a) => !points.some((b) => b.x >= a.x && b.y >= a.y && (b.x > a.x || b.y > a.y)));
+  return points.map((a) => !points.some((b) => b.x > a.x - SAME && b.y > a.y - SAME && (b.x > a.x + SAME || b.y > a.y + SAME)));
 }
 
-/** `jobs`: `[{label, points}]`, drawn in the order of the palette. */
-export function scatter(jobs, measure) {
+/** Drawn in the pixels there are, so that letters keep their size on a phone. */
+function sizeFor(room) {
+  const width = Math.min(room || WIDEST, WIDEST);
+  return { width, height: Math.max(0.625 * width, 260), left: 52, right: 26, top: 26, bottom: 40 };
+}
+
+/** `jobs`: `[{label, points}]`, drawn in the order of the palette; `room`: pixels from side to side. */
+export function scatter(jobs, measure, room) {
+  const size = sizeFor(room);
   const ends = jobs.map((job) => job.points.at(-1));
   const front = paretoFront(ends);
   const all = jobs.flatMap((job) => job.points);
-  const x = axis(all.map((point) => point.x), SIZE.left, SIZE.width - SIZE.right, measure);
-  const y = axis(all.map((point) => point.y), SIZE.height - SIZE.bottom, SIZE.top, measure);
+  const x = axis(all.map((point) => point.x), size.left, size.width - size.right, measure);
+  const y = axis(all.map((point) => point.y), size.height - size.bottom, size.top, measure);
   const show = measure === "accuracy" ? percent : (value) => number(-value);
   const mark = measure === "accuracy" ? (value) => `${Math.round(100 * value)} %` : show;
   const what = measure === "accuracy" ? "share solved" : "loss, better upwards and to the right";
-  const svg = s("svg", { viewBox: `0 0 ${SIZE.width} ${SIZE.height}`, role: "img", "aria-label": `New task against old tasks, ${what}. The table below has the numbers.` },
-    ...x.ticks.flatMap((tick) => [s("line.grid", { x1: x.at(tick), x2: x.at(tick), y1: SIZE.top, y2: SIZE.height - SIZE.bottom }),
-      s("text.tick", { x: x.at(tick), y: SIZE.height - SIZE.bottom + 16, "text-anchor": "middle" }, mark(tick))]),
-    ...y.ticks.flatMap((tick) => [s("line.grid", { x1: SIZE.left, x2: SIZE.width - SIZE.right, y1: y.at(tick), y2: y.at(tick) }),
-      s("text.tick", { x: SIZE.left - 6, y: y.at(tick) + 4, "text-anchor": "end" }, mark(tick))]),
-    s("text.tick", { x: SIZE.width - SIZE.right, y: SIZE.height - 6, "text-anchor": "end" }, `new task, ${measure === "accuracy" ? "solved" : "loss"} →`),
-    s("text.tick", { x: SIZE.left + 6, y: SIZE.top + 8 }, `↑ old tasks, ${measure === "accuracy" ? "solved" : "loss"}`),
-    ...jobs.map((job, i) => jobPath(job, i, x, y, front[i], show)));
+  const svg = s("svg", { viewBox: `0 0 ${size.width} ${size.height}`, role: "img", "aria-label": `New task against old tasks, ${what}. The table below has the numbers.` },
+    ...x.ticks.flatMap((tick) => [s("line.grid", { x1: x.at(tick), x2: x.at(tick), y1: size.top, y2: size.height - size.bottom }),
+      s("text.tick", { x: x.at(tick), y: size.height - size.bottom + 16, "text-anchor": "middle" }, mark(tick))]),
+    ...y.ticks.flatMap((tick) => [s("line.grid", { x1: size.left, x2: size.width - size.right, y1: y.at(tick), y2: y.at(tick) }),
+      s("text.tick", { x: size.left - 6, y: y.at(tick) + 4, "text-anchor": "end" }, mark(tick))]),
+    s("text.tick", { x: size.width - size.right, y: size.height - 6, "text-anchor": "end" }, `new task, ${measure === "accuracy" ? "solved" : "loss"} →`),
+    s("text.tick", { x: 4, y: 12 }, `↑ old tasks, ${measure === "accuracy" ? "solved" : "loss"}`),
+    ...jobs.map((job, i) => jobPath(job, i, x, y, front[i], show, size)));
   return [h("figure.scatter", {}, svg, h("figcaption", {}, "Lines lead from the first evaluation to the last. Ringed ends are on the Pareto front: no other job here is better on both.")),
     table(jobs, ends, front, show)];
 }
 
-function jobPath(job, i, x, y, isFront, show) {
+function jobPath(job, i, x, y, isFront, show, size) {
   const stroke = color(`series-${(i % 8) + 1}`);
   const end = job.points.at(-1);
   const [cx, cy] = [x.at(end.x), y.at(end.y)];
-  const isRight = cx > SIZE.width * 0.7;
+  const isRight = cx > size.width * 0.7;
   return s("g", { stroke, fill: stroke },
     s("polyline", { points: job.points.map((point) => `${x.at(point.x)},${y.at(point.y)}`).join(" "), fill: "none", "stroke-width": 1.6, opacity: 0.7 }),
     ...job.points.slice(0, -1).map((point) => s("circle", { cx: x.at(point.x), cy: y.at(point.y), r: 2.5, stroke: "none" },

@@ -31,13 +31,14 @@ async function prepare(like) {
 
 function build(place, start, signal) {
   const problem = h("div");
-  const verdict = h("div.verdict", { "aria-live": "polite" });
+  const verdict = h("div.verdict", { "aria-live": "polite" }); // one line, always in sight
+  const outlook = h("div"); // what would run
   const host = h("div");
   const json = h("textarea.json", { rows: 14, spellcheck: "false", "aria-label": "The job as JSON" });
   const button = h("button.primary", {}, "Submit the job");
   const form = h("form", { novalidate: true, onsubmit: (event) => (event.preventDefault(), send()) }, host,
     h("details.group", {}, h("summary", {}, "As JSON"), json, h("p", {}, h("button", { type: "button", onclick: takeJson }, "Fill the form from this"))),
-    verdict, problem, h("p.buttons", {}, button));
+    outlook, problem, h("div.bar-below", {}, verdict, button));
   put(place, h("h1", {}, "New job"), h("p.quiet", {}, "What you leave empty is left to the service. It checks the whole as you type, data included, and starts nothing until you submit."), form);
   const places = new Map();
   let field = null;
@@ -74,6 +75,7 @@ function build(place, start, signal) {
     for (const each of found) if (!each.quiet) mark(each.path, each.message);
     if (found.length) {
       put(verdict, h("p.quiet", {}, `Still to do: ${found.map((each) => each.path).join(", ")}.`));
+      put(outlook);
       return;
     }
     put(verdict, h("p.quiet", {}, "Checking …"));
@@ -84,7 +86,8 @@ function build(place, start, signal) {
     asked = new AbortController();
     try {
       const answer = await validate(body, { signal: asked.signal });
-      put(verdict, ...drawVerdict(answer));
+      put(verdict, drawVerdict(answer));
+      put(outlook, ...drawOutlook(answer));
       if (!answer.valid) mark(answer.error?.param, answer.error?.message);
     } catch (error) {
       if (error.name !== "AbortError") put(verdict, notice(error));
@@ -126,13 +129,17 @@ function build(place, start, signal) {
   }
 }
 
-/** What the service says of the job: the first problem, or what would run. */
-function drawVerdict({ valid, error, report }) {
-  if (!valid) return [h("p.bad", {}, "✗ ", error?.message ?? "The job would be refused.")];
+/** What the service says of the job: that it would run, or its first problem. */
+function drawVerdict({ valid, error }) {
+  return valid ? h("p.good", {}, "✓ This job would be accepted.") : h("p.bad", {}, "✗ ", error?.message ?? "The job would be refused.");
+}
+
+/** What would run, where it would. */
+function drawOutlook({ valid, report }) {
+  if (!valid) return [];
   const facts = Object.entries(report).filter(([, value]) => typeof value === "number" || typeof value === "string");
   const rest = Object.entries(report).filter(([, value]) => typeof value === "object" && value !== null);
   return [
-    h("p.good", {}, "✓ This job would be accepted."),
     facts.length ? h("dl.facts", {}, ...facts.map(([name, value]) => h("div", {}, h("dt", {}, name.replaceAll("_", " ")), h("dd", {}, typeof value === "number" ? number(value) : value)))) : "",
     rest.length ? h("details.group", {}, h("summary", {}, "Plan and data in full"), h("pre", { tabindex: 0 }, JSON.stringify(Object.fromEntries(rest), null, 2))) : "",
   ];

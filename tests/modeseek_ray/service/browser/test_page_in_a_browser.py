@@ -98,9 +98,37 @@ def test_rows_checkpoints_configuration_and_files_of_a_finished_job(
     expect(page.get_by_role("group", name="Checkpoints")).to_contain_text("ckpt-step-150")
     shown = json.loads(page.get_by_role("group", name="The configuration as JSON").inner_text())
     assert shown["method"]["weighted"]["preset"] == "anchored"
+    files = page.locator("section", has=page.get_by_role("heading", name="Result files"))
+    expect(files).to_contain_text("metrics.csv")
+    with page.expect_download() as download:
+        files.get_by_role("button", name="Download metrics.csv").click()
+    assert download.value.suggested_filename == "metrics.csv"
     with page.expect_download() as download:
         page.get_by_role("button", name="Report").click()
     assert "<title>report</title>" in download.value.path().read_text()
+
+
+def test_rows_that_all_count_the_same_are_not_listed(
+    service: Any, finished: dict[str, Story], open_page: Open
+) -> None:
+    page = open_page(job_url(service, finished["plain"]))
+    expect(page.get_by_text("All 480 rows counted the same: mean weight 1.")).to_be_visible()
+    expect(page.locator("table.rows")).to_have_count(0)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_cut_off_or_too_small_to_read(
+    service: Any, finished: dict[str, Story], open_page: Open, width: int
+) -> None:
+    page = open_page(service.url, viewport={"width": width, "height": 844})
+    expect(page.get_by_label("Choose plain for comparison")).to_be_visible()
+    assert page.locator(".scroll").evaluate("node => node.scrollWidth - node.clientWidth") <= 0
+    page.goto(f"{service.url}/#/compare/{finished['plain'].id},{finished['anchored'].id}")
+    letters = "document.querySelector('figure.scatter text.tick')?.getBoundingClientRect().height"
+    page.wait_for_function(f"() => {letters} > 10")  # pixels, however narrow the chart
+    page.goto(f"{service.url}/#/submit")
+    expect(page.get_by_text("Still to do: training_file.")).to_be_in_viewport()  # at the top of a long form
+    expect(page.get_by_role("button", name="Submit the job")).to_be_in_viewport()
 
 
 def test_sampled_answers_stand_side_by_side_best_first(service: Any, open_page: Open) -> None:
