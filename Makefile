@@ -38,7 +38,7 @@ test: check playground  ## Everything: environment, checks, small models (cached
 test-page: setup-dev  ## The web page in a real browser; needs a Chromium (apt install chromium, or MODESEEK_CHROMIUM=)
 	@MODESEEK_PAGE_TESTS=required $(PYTHON_VENV) -m pytest --durations=15 $(PYTEST_ARGS) tests/modeseek_ray/service/browser
 
-test-documents: playground  ## Every command of the user's guide, training included, on a service with Ray
+test-documents: playground  ## Every command of the README's walk and the user's guide, training included, on a service with Ray
 	@$(PYTHON_VENV) -m pytest --durations=5 $(PYTEST_ARGS) tests/e2e/documents_with_a_cluster.py
 
 test-nodes: setup-dev  ## A cluster of three machines on this one; nodes killed and cut off. Needs root (network namespaces)

@@ -105,10 +105,10 @@ def submit(
     url: Url = DEFAULT_URL,
     api_key: Key = None,
 ) -> None:
-    """Upload a job's files and submit it. Prints the job's id."""
+    """Upload a job's files and submit it. Prints the job's id. With --follow the exit code is 1 unless it succeeds."""
     from actors.commands import remote
 
-    remote.submit(url, api_key, job, follow=follow)
+    raise typer.Exit(remote.submit(url, api_key, job, follow=follow))
 
 
 @app.command()
@@ -125,7 +125,7 @@ def ask(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A finished model (`ft:…`, as `modeseek show JOB` says it), a checkpoint (`ft:…:ckpt-step-N`),"
+            help="A finished model (`ft:…`), the job that made it (`ftjob-…`), a checkpoint (`ft:…:ckpt-step-N`),"
             " or a base model such as `playground/moe`.",
         ),
     ],

@@ -18,6 +18,11 @@ from typing import Any
 
 import psutil
 import pytest
+from hypothesis import settings
+
+# A deadline per example measures whoever else uses the machine.
+settings.register_profile("any-machine", deadline=None)
+settings.load_profile("any-machine")
 
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",

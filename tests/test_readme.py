@@ -1,8 +1,9 @@
 """What the two README pages tell a reader to type: it exists, by that name, with those options.
 
-The user's guide and the operator's page are run for real (`tests/e2e/test_documents.py`). These pages start
-services, clusters and half-hours of training, so their commands are held against the command line, the
-Makefile and the files they name; Docker, Helm and kubectl are not here, and what they are given is.
+What stands in blocks marked `sh run` is run for real (`tests/e2e/test_documents.py`), as all of the user's guide and
+the operator's page is. The rest of these two pages starts services, clusters and half-hours of training, so its
+commands are held against the command line, the Makefile and the files they name; Docker, Helm and kubectl are not
+here, and what they are given is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from modeseek_ray.config import parse_config
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "deploy" / "README.md"]
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_WITHIN = re.compile(r"\$\(([^()]*)\)")  # `modeseek report $(modeseek list --ids)` is two commands
 _INLINE = re.compile(r"`((?:make|modeseek)\s[^`\n]+(?:\n[^`\n]+)?)`")
 
 
@@ -32,14 +34,17 @@ def blocks(language: str) -> list[str]:
 
 
 def commands(*programs: str) -> Iterator[list[str]]:
-    """Words of every command of these programs, in blocks or in running text; `a && b` is two."""
+    """Words of every command of these programs, in blocks or in running text; `a && b` and `a $(b)` are two."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         lines = [
-            line for language, block in _FENCE.findall(text) if not language for line in block.splitlines()
+            line
+            for language, block in _FENCE.findall(text)
+            if language in ("", "sh")
+            for line in block.splitlines()
         ]
         for line in [*lines, *_INLINE.findall(_FENCE.sub("", text))]:
-            for part in line.split("&&"):
+            for part in [*_WITHIN.sub("IT", line).split("&&"), *_WITHIN.findall(line)]:
                 try:
                     words = shlex.split(part, comments=True)
                 except ValueError:  # a quotation mark of running text
@@ -70,6 +75,8 @@ def test_make_has_every_target_that_is_named() -> None:
 
 def test_jobs_are_valid_and_python_parses() -> None:
     assert [parse_config(yaml.safe_load(text)).method.type for text in blocks("yaml")] == [
+        "supervised",
+        "weighted",
         "weighted",
         "online",
     ]

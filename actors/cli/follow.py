@@ -56,7 +56,7 @@ class Progress:
         self.eta_s = data.get("eta_s", self.eta_s)
         self.latest |= data
         self.first = {**data, **self.first}
-        if "loss" in data:
+        if "loss" in data and "step" in data:
             self.losses[int(data["step"])] = float(data["loss"])
 
 

@@ -57,12 +57,26 @@ class Question:
         return [*system, {"role": "user", "content": prompt}]
 
 
+def _model(client: Client, name: str) -> str:
+    """A model by its own name, or by the job that made it. Raises `ConfigError` while there is none."""
+    if not name.startswith("ftjob-"):
+        return name
+    job = client.job(name)
+    if model := job.get("fine_tuned_model"):
+        return str(model)
+    raise ConfigError(
+        f"{name} has no model: it is {job['status']}.",
+        param="MODEL",
+        mend="Wait until it has succeeded, or ask a checkpoint; `modeseek show JOB` names them.",
+    )
+
+
 def ask(url: str, api_key: str | None, question: Question, *, as_json: bool) -> None:
     """Print the answers, each with its reward where there is a grader."""
     asked, options = question.asked(), question.options()
     waiting = Console(stderr=True)
     with Client(url, api_key) as client, waiting.status(f"{question.model} is asked …"):
-        answer = client.ask(question.model, asked, **options)
+        answer = client.ask(_model(client, question.model), asked, **options)
     if as_json:
         print(json.dumps(answer, ensure_ascii=False, indent=1))
         return

@@ -75,6 +75,12 @@ def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = F
         if options.html is not None:
             write_look(seen, options.html, job_file.stem, files["training_file"])
             console.print(f"Page    {options.html}", highlight=False, soft_wrap=True)
+    console.print(
+        f"This job can run: modeseek submit {job_file} --follow",
+        style="green",
+        highlight=False,
+        soft_wrap=True,
+    )
     if as_json:
         json.dump(answer, sys.stdout, allow_nan=False, ensure_ascii=False, indent=1)
         sys.stdout.write("\n")

@@ -12,14 +12,19 @@ from modeseek_ray.client import Client
 from modeseek_ray.config import read_config
 
 
-def submit(url: str, api_key: str | None, job_file: Path, *, follow: bool) -> None:
-    """Upload, create, print the id; with `follow` stay until the job ends."""
+def submit(url: str, api_key: str | None, job_file: Path, *, follow: bool) -> int:
+    """Upload, create, print the id; with `follow` stay until the job ends, and return as `follow` does."""
     config = read_config(job_file)
     with Client(url, api_key) as client:
         job = client.submit_files(config, job_file.parent)
-    print(job["id"])
+    print(job["id"], flush=True)
+    # Not on stdout, which is for `JOB=$(modeseek submit …)`.
+    said = Console(stderr=True, highlight=False, soft_wrap=True, style="dim")
+    said.print(f"Its page: {url.rstrip('/')}/#/jobs/{job['id']}")
     if follow:
-        _follow(url, api_key, job["id"])
+        return _follow(url, api_key, job["id"])
+    said.print(f"Watch it: modeseek follow {job['id']}")
+    return 0
 
 
 def follow(url: str, api_key: str | None, job_id: str) -> int:
@@ -75,4 +80,11 @@ def _follow(url: str, api_key: str | None, job_id: str) -> int:
             return 130
         job = client.job(job_id)
         console.print(job_details(job))
-    return 0 if job["status"] == "succeeded" else 1
+    if job["status"] != "succeeded":
+        return 1
+    if model := job.get("fine_tuned_model"):
+        console.print(f'Ask it: modeseek ask {model} "…"', style="dim", highlight=False, soft_wrap=True)
+    console.print(
+        f"Compare: modeseek report {job_id} OTHER-JOB", style="dim", highlight=False, soft_wrap=True
+    )
+    return 0

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import typer
+from rich.console import Console
 
+from actors.cli.tables import comparison
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.jobs.paths import Home
-from modeseek_ray.reports import write_comparison, write_report
+from modeseek_ray.reports import summarize, write_comparison, write_report
 from modeseek_ray.reports.results import read_job
 
 
 def report(jobs: Sequence[str], out: Path | None, home: Home) -> None:
-    """Write the page and print where it is. Raises `ConfigError` for a job without results here."""
+    """Write the page and print where it is; of several jobs, a table as well.
+
+    Raises `ConfigError` for a job without results here.
+    """
     directories = [results_of(job, home) for job in jobs]
     if len(directories) == 1:
         target = out or directories[0] / "report.html"
@@ -22,6 +27,8 @@ def report(jobs: Sequence[str], out: Path | None, home: Home) -> None:
     else:
         target = out or directories[0] / "comparison.html"
         write_comparison(directories, target)
+        # The path alone goes to stdout.
+        Console(stderr=True).print(comparison([summarize(directory) for directory in directories]))
     typer.echo(target)
 
 

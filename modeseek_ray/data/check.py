@@ -187,6 +187,14 @@ def _warn_file(report: FileReport) -> Iterator[Warn]:
             param="training.truncate",
         )
 
+    if report.role in ("validation", "retention") and report.rows and not report.graded_rows:
+        yield Warn(
+            "only_losses",
+            f"{report.file}: no row says that its answer can be right or wrong, so only losses are measured."
+            " For the share solved, give chats a `task` (any label), other rows `accept: []`.",
+            param=f"{report.role}_file",
+        )
+
 
 def _padding_share(report: FileReport, config: JobConfig) -> float:
     training, resources = config.training, config.resources

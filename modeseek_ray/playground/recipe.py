@@ -49,8 +49,10 @@ RECIPES = {
 def recipe_of(name: str) -> Recipe:
     """The recipe called `name`. Raises `ModelError` naming the known ones."""
     if name not in RECIPES:
-        known = ", ".join(RECIPES)
+        known, in_a_job = ", ".join(RECIPES), ", ".join(f"playground/{each}" for each in RECIPES)
         raise ModelError(
-            f"there is no playground model {name!r}.", mend=f"Choose one of: {known}.", param="model"
+            f"there is no playground model {name!r}.",
+            mend=f"Choose one of: {known}; in a job, {in_a_job}.",
+            param="model",
         )
     return RECIPES[name]

@@ -78,6 +78,7 @@ def test_check_prints_data_and_plan_and_starts_nothing(job_file: Path, tmp_path:
     assert result.exit_code == 0, result.output
     assert re.search(r"rows\s+8", result.output)
     assert re.search(r"1 × trainer", result.output)
+    assert f"modeseek submit {job_file} --follow" in result.output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -109,7 +110,9 @@ def test_run_local_trains_reports_and_can_be_repeated(job_file: Path, tmp_path: 
     assert _modeseek("report", out, "--out", page, "--home", tmp_path).exit_code == 0
     assert "<html" in page.read_text()
     both = tmp_path / "both.html"
-    assert _modeseek("report", out, out, "--out", both, "--home", tmp_path).exit_code == 0
+    compared = _modeseek("report", out, out, "--out", both, "--home", tmp_path)
+    assert compared.exit_code == 0
+    assert compared.stdout == f"{both}\n" and "New task learnt, old tasks kept" in compared.stderr
     assert both.read_text() != page.read_text()
 
 

@@ -1,4 +1,7 @@
-"""`make test-documents`: every command of the user's guide, training included. Minutes; not part of `make test`."""
+"""`make test-documents`: every command of the README's walk and of the user's guide, training included.
+
+Minutes; not part of `make test`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from tests.e2e.test_documents import ROOT, run_blocks
 
 
 @pytest.mark.timeout(1200)
-def test_every_command_of_the_guide_works(service: Any, playground_moe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "modeseek_ray/GUIDE.md"])
+def test_every_command_works(page: str, service: Any, playground_moe: Path, tmp_path: Path) -> None:
     built = service.home / "playground"
     if not built.exists():
         built.symlink_to(playground_moe.parent)
-    run_blocks(ROOT / "modeseek_ray" / "GUIDE.md", service.home, service.url, tmp_path, trained=True)
+    run_blocks(ROOT / page, service.home, service.url, tmp_path, trained=True)
     assert (tmp_path / "comparison.html").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""Commands of the user's guide and the operator's page, typed as a reader would, against a real service.
+"""Commands of the README, the user's guide and the operator's page, typed as a reader would, against a real service.
 
 Blocks marked ```sh run are run by bash, in order; blocks with `file=NAME` are written first. Those marked
 `run trained` want a cluster: `make test-documents` runs them too.
@@ -21,7 +21,7 @@ from actors.network import free_port
 from modeseek_ray.client import Client
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "modeseek_ray" / "GUIDE.md", ROOT / "deploy" / "OPERATING.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "modeseek_ray" / "GUIDE.md", ROOT / "deploy" / "OPERATING.md"]
 _FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

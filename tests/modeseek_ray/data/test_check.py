@@ -143,6 +143,19 @@ def test_what_is_odd_but_can_be_trained_on_is_said(write_jsonl, weighting, rows,
     assert [w.code for w in report.warnings] == codes
 
 
+@pytest.mark.parametrize(
+    ("told", "codes"), [({}, ["only_losses"]), ({"accept": []}, []), ({"task": "t"}, ["only_losses"])]
+)
+def test_held_out_rows_that_cannot_be_right_or_wrong_are_said(write_jsonl, told, codes):
+    files = {
+        "training_file": write_jsonl(row()),
+        "validation_file": write_jsonl(row(**told), name="held.jsonl"),
+    }
+    warnings = inspect_job(job(), files).warnings
+    assert [(w.code, w.param) for w in warnings] == [(code, "validation_file") for code in codes]
+    assert all("held.jsonl" in w.message and "`accept: []`" in w.message for w in warnings)
+
+
 def test_a_behavior_model_stands_in_for_logged_log_probabilities(write_jsonl):
     config = job(OVER_DATA).model_copy(update={"behavior_model": "sft"})
     assert inspect_job(config, {"training_file": write_jsonl(row())}).ok
