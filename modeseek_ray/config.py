@@ -371,6 +371,8 @@ def config_error(error: ValidationError, root: str = "", model: type[BaseModel] 
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "there is no such field"
+    elif first["type"] == "literal_error":  # what it may be is the mend
+        message = f"{str(first['input'])[:60]!r} is not one of its choices"
     elif first["type"] == "value_error":
         message = message.rpartition("; ")[0] or message
     elif first["type"] in ("unknown_scheme", "unknown_type"):  # the field that tells sections apart

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
@@ -28,6 +29,10 @@ def mend_for(problem: Mapping[str, Any], model: type[BaseModel] | None = None) -
     if kind == "value_error":  # ours: what is wrong; what to do
         _, found, mend = problem["msg"].rpartition("; ")
         return f"{mend[0].upper()}{mend[1:]}." if found else "Change the fields it names."
+    if kind == "literal_error":
+        return _nearest(
+            str(problem["input"]), re.findall("'([^']*)'", context["expected"]), context["expected"]
+        )
     if "expected" in context:
         return f"Choose {context['expected']}."
     bounds = [f"{word} {context[name]:g}" for name, word in _BOUNDS.items() if name in context]
@@ -43,11 +48,13 @@ def mend_for(problem: Mapping[str, Any], model: type[BaseModel] | None = None) -
     return "The field's description in the service's /docs says what it takes."
 
 
-def _nearest(given: str, known: Sequence[str]) -> str:
+def _nearest(given: str, known: Sequence[str], all_of_them: str = "") -> str:
     """The likeliest of the known names, or all of them."""
     close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
     if close:
         return f"Did you mean `{close[0]}`?"
+    if all_of_them:
+        return f"Choose {all_of_them}."
     return f"Choose among {', '.join(known)}." if known else "Leave it away."
 
 

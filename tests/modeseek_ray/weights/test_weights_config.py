@@ -75,6 +75,7 @@ def test_errors_name_the_path(weighted: dict[str, Any], path: str) -> None:
         ({**job(), "trainingfile": "x"}, "Did you mean `training_file`?"),
         (job(token={"scheme": "dft", "gama": 1.0}), "Did you mean `gamma`?"),
         (job(likelihood={"scheme": "ratio_powr"}), "Did you mean `ratio_power`?"),
+        (job(preset="anchord"), "Did you mean `anchored`?"),
         (job(guards={"cap": 1.0}), "Choose a number above 1."),
         (job(kl={"direction": "sideways"}), "Choose 'forward' or 'reverse'."),
         ({**job(), "resources": {"expert_parallel": True}}, "Set that above 1, or drop it."),
