@@ -81,10 +81,13 @@ def _problem(problem: Mapping[str, Any]) -> RenderableType:
     return Padding(text, (0, 0, 0, 2))
 
 
-def show_plan(plan: Plan) -> RenderableType:
-    """Steps, processes and their memory, disk, and what the estimate takes for granted."""
+def show_plan(plan: Plan, *, in_full: bool = False) -> RenderableType:
+    """Steps, processes and their memory, disk; `in_full` also how these are estimated, and on what assumptions."""
     parts: list[RenderableType] = [Text("Plan", style="bold"), _facts(plan), _process_table(plan.processes)]
     parts += [Text(sentence, style="dim") for sentence in plan.picked]
+    if not in_full:
+        parts.append(Text("Memory and disk are estimates; --plan says how they are made.", style="dim"))
+        return Group(*parts)
     parts.append(Text(f"Memory and disk are estimates ({memory.SYMBOLS}):", style="dim"))
     parts.append(Padding(_formulas(plan.processes), (0, 0, 0, 2)))
     parts += [Padding(Text(f"· {text}", style="dim"), (0, 0, 0, 2)) for text in plan.assumptions]

@@ -37,7 +37,7 @@ class LookOptions:
     presets: tuple[str, ...] = ()  # beside the job's own weighting; none = outlook.SHOWN_BESIDE
     rows: int = 2000  # at most; 0 = all
     html: Path | None = None
-    plan: bool = False  # also how long it takes, on `hardware`
+    plan: bool = False  # also how memory is estimated, and how long it takes, on `hardware`
     hardware: str | None = None  # None: this machine's cores, or an H100 where the job asks for GPUs
     gpus: int | None = None  # to divide between trainers and engines; None = as the job has it
 
@@ -52,7 +52,7 @@ def check(job_file: Path, home: Home, options: LookOptions, *, as_json: bool = F
     data = inspect_job(config, files, model)
     console.print(checks.show_data(data.to_dict()))
     found = preflight(config, data, model, has_behavior=behavior is not None)
-    console.print(checks.show_plan(found.plan))
+    console.print(checks.show_plan(found.plan, in_full=options.plan))
     scaled = None
     if options.plan:
         scaled = _scale(config, model, data, options)

@@ -187,7 +187,9 @@ def test_plan_view_shows_processes_formulas_and_assumptions() -> None:
         has_chat_template=True,
     )
     training = FileReport("a.jsonl", "training", Problems("a.jsonl"), rows=320, samples=320, lengths=[20])
-    shown = printed(checks.show_plan(plan(config, model, DataReport({"training": training}))))
+    planned = plan(config, model, DataReport({"training": training}))
+    brief, shown = printed(checks.show_plan(planned)), printed(checks.show_plan(planned, in_full=True))
+    assert "2 × trainer" in brief and "Adam keeps" not in brief and "--plan says" in brief
     assert "2 × trainer" in shown
     table = " ".join(shown.split())
     assert "parameters 5.0 MB" in table
