@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ from modeseek_ray.jobs.tables import attempts, checkpoints, events, idempotency,
 
 # Nothing runs for these, so a cancelled one needs nobody to end it.
 _UNATTENDED = frozenset({"accepted", "validating", "queued", "paused", "recovering"})
+# Places in a long queue, once found, are good for so many times as long as that took (of one core): who polls
+# may be told of the moment before, and the service does other things than counting.
+_PLACES_REST, _LONG_S = 10.0, 0.02
 _TYPICAL_OF = 20  # jobs whose length is taken for the typical one
 # A driver runs, or is about to: it hears of a pause with its next heartbeat.
 _RUNS = frozenset({"starting", "running", "checkpointing"})
@@ -40,6 +44,7 @@ class JobStore:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._placed: tuple[tuple[int, int], dict[str, Place]] | None = None  # as of (version, slots)
+        self._placed_until = 0.0  # on the monotonic clock; later it is found anew if anything was written
 
     def submit(
         self,
@@ -159,6 +164,14 @@ class JobStore:
         with self._database.read() as connection:
             return [JobRecord.of(row) for row in connection.execute(query)]
 
+    def oldest_queued_at(self) -> float | None:
+        """Since when the job that has waited longest is in the queue."""
+        with self._database.read() as connection:
+            found: float | None = connection.execute(
+                select(func.min(jobs.c.state_at)).where(jobs.c.state == "queued")
+            ).scalar()
+        return found
+
     def count_by_state(self) -> dict[str, int]:
         with self._database.read() as connection:
             rows = connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state))
@@ -167,13 +180,21 @@ class JobStore:
     def places(self, slots: int) -> dict[str, Place]:
         """Where each queued job stands, if `slots` jobs may run at a time.
 
-        Everybody who polls a queued job asks, so the answer is kept until something is written. (Not where
-        other processes write, too: they do not tell.)
+        Everybody who polls a queued job asks, so the answer is kept until something is written, and that of a
+        long queue for a moment longer. (Where other processes write, too, they do not tell.)
         """
         asked = (self._database.version, slots)  # before the look: what is written meanwhile makes it old
-        if self._placed is None or self._placed[0] != asked or self._database.is_shared:
-            self._placed = asked, self._find_places(slots)
-        return self._placed[1]
+        placed = self._placed
+        if placed is not None and placed[0][1] == slots:
+            is_new = placed[0] == asked and not self._database.is_shared
+            if is_new or time.monotonic() < self._placed_until:
+                return placed[1]
+        began_s = time.thread_time()
+        found = self._find_places(slots)
+        took_s = time.thread_time() - began_s
+        self._placed = asked, found
+        self._placed_until = time.monotonic() + (_PLACES_REST * took_s if took_s > _LONG_S else 0.0)
+        return found
 
     def _find_places(self, slots: int) -> dict[str, Place]:
         columns = (jobs.c.id, jobs.c.tenant_id, jobs.c.eta_s, jobs.c.state)

@@ -6,22 +6,28 @@ import heapq
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from modeseek_ray.jobs.records import JobRecord
+from typing import Protocol, TypeVar
 
 TYPICAL_S = 600.0  # of a job of which nothing is known, where none has ended yet
 
 
-class Waiting(Protocol):
-    """What is looked at of a job."""
+class Queued(Protocol):
+    """What is looked at of a job that may start."""
+
+    @property
+    def tenant_id(self) -> str: ...
+
+
+class Waiting(Queued, Protocol):
+    """What is looked at to guess when."""
 
     @property
     def id(self) -> str: ...
     @property
-    def tenant_id(self) -> str: ...
-    @property
     def eta_s(self) -> float | None: ...
+
+
+Q = TypeVar("Q", bound=Queued)
 
 
 @dataclass(frozen=True)
@@ -33,16 +39,16 @@ class Place:
 
 
 def startable(
-    queue: Sequence[JobRecord],
-    attended: Iterable[JobRecord],
+    queue: Iterable[Q],
+    attended: Iterable[Queued],
     *,
     slots: int,
     limits: Mapping[str, int | None],
-) -> list[JobRecord]:
+) -> list[Q]:
     """Those of `queue` (first in line first) to start now.
 
     `slots` is how many jobs may run in all, `limits` how many of a tenant. A tenant at its limit
-    stands aside: whoever comes behind is not kept waiting by it.
+    stands aside: whoever comes behind is not kept waiting by it. `queue` is read no further than needed.
     """
     running = Counter(job.tenant_id for job in attended)
     found = []

@@ -20,9 +20,7 @@ from modeseek_ray.jobs.engine_keeper import EngineKeeper
 from modeseek_ray.jobs.errors import ConflictError, IllegalTransitionError
 from modeseek_ray.jobs.launcher import Capacity, Launcher, ValidationOutcome, Validator
 from modeseek_ray.jobs.paths import Home, write_private
-from modeseek_ray.jobs.queue import startable
 from modeseek_ray.jobs.records import EventDraft, JobRecord
-from modeseek_ray.jobs.states import ATTENDED
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.jobs.structured_logs import about
 
@@ -96,39 +94,29 @@ class Reconciler:
             self._loop.call_soon_threadsafe(self._woken.set)
 
     async def reconcile(self) -> None:
-        """One pass over every job that has not ended."""
+        """One pass over every job that something may have to be done about."""
         if not await asyncio.to_thread(self._leads):
             return
-        jobs = await asyncio.to_thread(
-            self._store.jobs.in_states, "accepted", "validating", "queued", "recovering", *ATTENDED
+        slots = 0 if self._attendant is None else self.settings.max_running_jobs
+        agenda = await asyncio.to_thread(
+            self._store.agenda, validations=self.settings.max_validations, slots=slots
         )
-        begin = {job.id for job in await asyncio.to_thread(self._startable, jobs)}
-        for job in jobs:
-            if job.state in ("accepted", "validating"):
-                self._validate_soon(job)
-            elif job.state == "recovering":
-                await self._guarded(job, self._requeue(job))
-            elif job.state == "cancelling":
+        for job in agenda.coming:
+            self._validate_soon(job)
+        for job in agenda.recovering:
+            await self._guarded(job, self._requeue(job))
+        for job in agenda.to_pause:  # asked for during its validation
+            event = EventDraft("The job is paused.", data={"state": "paused"})
+            await self._guarded(job, asyncio.to_thread(self._store.jobs.move, job, "paused", event))
+        for job in agenda.attended:
+            if job.state == "cancelling":
                 self._start_task("end", job, self._end(job))
-            elif job.state == "queued" and job.desired == "pause":  # asked for during its validation
-                event = EventDraft("The job is paused.", data={"state": "paused"})
-                await self._guarded(job, asyncio.to_thread(self._store.jobs.move, job, "paused", event))
-            elif self._attendant is None:
-                continue
-            elif job.state in ATTENDED:
+            elif self._attendant is not None:
                 self._start_task("watch", job, self._attendant.watch(job))
-            elif job.id in begin:
-                await self._guarded(job, self._begin(job, self._attendant))
+        for job in agenda.to_start:
+            await self._guarded(job, self._begin(job))
         if self.engines is not None:
             await self.engines.reconcile()
-
-    def _startable(self, jobs: list[JobRecord]) -> list[JobRecord]:
-        return startable(
-            [job for job in jobs if job.state == "queued" and job.desired == "run"],
-            [job for job in jobs if job.state in ATTENDED],
-            slots=self.settings.max_running_jobs,
-            limits={tenant.id: tenant.max_running_jobs for tenant in self._store.tenants.all()},
-        )
 
     async def capacity(self) -> Capacity | None:
         """What the cluster has, asked at most every `capacity_every_s`; None = not known."""
@@ -204,7 +192,7 @@ class Reconciler:
 
     # queued -> starting
 
-    async def _begin(self, job: JobRecord, attendant: Attendant) -> None:
+    async def _begin(self, job: JobRecord) -> None:
         """The secret is on disk before the attempt is in the store: a crash between leaves no orphan."""
         token = secrets.token_urlsafe(32)
         secret = {
@@ -219,7 +207,8 @@ class Reconciler:
         path = self._home.secret(job.id, job.attempt + 1)
         await asyncio.to_thread(write_private, path, json.dumps(secret))
         job = await asyncio.to_thread(self._store.attempts.begin, job, token)
-        self._start_task("watch", job, attendant.watch(job))
+        if self._attendant is not None:
+            self._start_task("watch", job, self._attendant.watch(job))
 
     # recovering -> queued | paused | failed
 

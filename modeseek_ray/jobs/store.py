@@ -9,6 +9,7 @@ from contextlib import suppress
 from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from modeseek_ray.jobs.agenda import Agenda, read_agenda
 from modeseek_ray.jobs.attempt_store import AttemptStore
 from modeseek_ray.jobs.database import Database
 from modeseek_ray.jobs.driver_store import DriverStore
@@ -52,6 +53,10 @@ class Store:
         now = self.database.clock()
         with self.database.write() as connection:
             connection.execute(update(leases).where(leases.c.name == "probe").values(until=now))
+
+    def agenda(self, *, validations: int, slots: int) -> Agenda:
+        """What the reconciler has to look at now (`agenda.py`)."""
+        return read_agenda(self.database, validations=validations, slots=slots)
 
     def newest_checkpoints(self, job_id: str) -> list[str]:
         """Paths of a job's checkpoints, the one to resume from first; later ones are what to fall back on."""

@@ -134,10 +134,11 @@ class _StoreCollector(Collector):
         for state in TRANSITIONS:
             jobs.add_metric((state,), counts.get(state, 0))
         yield jobs
-        queued = self._store.jobs.in_states("queued")
-        oldest = min((job.state_at for job in queued), default=None)
+        oldest = self._store.jobs.oldest_queued_at()
         waited = 0.0 if oldest is None else max(0.0, self._store.database.clock() - oldest)
-        yield GaugeMetricFamily("modeseek_queue_length", "Jobs that wait for their turn.", value=len(queued))
+        yield GaugeMetricFamily(
+            "modeseek_queue_length", "Jobs that wait for their turn.", value=counts.get("queued", 0)
+        )
         yield GaugeMetricFamily(
             "modeseek_queue_oldest_seconds", "How long the longest of them has waited.", value=waited
         )

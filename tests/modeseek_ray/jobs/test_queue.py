@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modeseek_ray.jobs import job_store
 from modeseek_ray.jobs.queue import Place, places, startable
 from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
 from modeseek_ray.jobs.records import JobRecord
@@ -131,6 +133,29 @@ def test_places_are_kept_until_something_is_written(
     assert list(store.jobs.places(slots=1)) == [first.id, second.id]
     store.jobs.cancel(first.id)
     assert list(store.jobs.places(slots=1)) == [second.id]
+
+
+def test_places_of_a_long_queue_are_good_for_a_moment(
+    store: Store, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look that takes 0.1 s of a core is not repeated within a second."""
+    clock = SimpleNamespace(now=0.0, worked=0.0)
+    clock.monotonic, clock.thread_time = lambda: clock.now, lambda: clock.worked
+    monkeypatch.setattr(job_store, "time", clock)
+    look = store.jobs._find_places
+
+    def long_look(slots: int) -> dict[str, Place]:
+        clock.worked += 0.1
+        return look(slots)
+
+    monkeypatch.setattr(store.jobs, "_find_places", long_look)
+    first = helpers.queue(store, "ftjob-first")
+    assert list(store.jobs.places(slots=1)) == [first.id]
+    second = helpers.queue(store, "ftjob-second")
+    clock.now = 0.9
+    assert list(store.jobs.places(slots=1)) == [first.id]
+    clock.now = 1.1
+    assert list(store.jobs.places(slots=1)) == [first.id, second.id]
 
 
 def test_the_typical_length_is_that_of_jobs_that_ended(store: Store, helpers: Any, clock: Any) -> None:

@@ -41,8 +41,11 @@ def sequences(store: Store, job_id: str) -> list[int]:
 
 
 def test_migrations_lead_to_the_schema_in_the_code(store: Store) -> None:
+    """Alembic cannot read a descending index back from SQLite; that one is compared on PostgreSQL alone."""
     with store.database.write() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        found = compare_metadata(MigrationContext.configure(connection), metadata)
+        names = [change[1].name for change in found]
+        assert found == [] or (not store.database.is_shared and names == ["jobs_in_line"] * 2), found
 
 
 def test_opening_again_keeps_everything(store: Store, store_url: str, helpers: Any) -> None:
