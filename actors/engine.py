@@ -254,8 +254,8 @@ class ZeroEngine:
             raise StorageError(
                 f"the checkpoint was written with {saved}, this job runs with {self._layout()}.",
                 file=str(directory),
-                mend="Resume with the same resources.trainers, zero_stage and dtype; below ZeRO-3 in float32 "
-                "the number of trainers may change.",
+                mend="Resume with the same resources.trainers, zero_stage and dtype; below ZeRO-3 the number of "
+                "trainers may change (in bfloat16 only with ZeRO-2).",
             )
         resharded = moved and partitioned
         path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG, load_module_only=resharded)

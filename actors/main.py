@@ -226,11 +226,19 @@ def pause(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
 
 
 @app.command()
-def resume(job: JobId, url: Url = DEFAULT_URL, api_key: Key = None) -> None:
-    """Let a paused job go on from where it was."""
+def resume(
+    job: JobId,
+    trainers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Go on with so many trainers (below ZeRO-3): not bit for bit as before."),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: Key = None,
+) -> None:
+    """Let a paused job go on from where it was; a failed one as a new job."""
     from actors.commands import remote
 
-    remote.resume(url, api_key, job)
+    remote.resume(url, api_key, job, trainers)
 
 
 @app.command()

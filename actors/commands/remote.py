@@ -63,9 +63,9 @@ def pause(url: str, api_key: str | None, job_id: str) -> None:
         Console().print(job_details(client.pause(job_id)))
 
 
-def resume(url: str, api_key: str | None, job_id: str) -> None:
+def resume(url: str, api_key: str | None, job_id: str, trainers: int | None) -> None:
     with Client(url, api_key) as client:
-        Console().print(job_details(client.resume(job_id)))
+        Console().print(job_details(client.resume(job_id, trainers=trainers)))
 
 
 def _follow(url: str, api_key: str | None, job_id: str) -> int:

@@ -181,8 +181,10 @@ class Client:
         """Ask for a pause; the job's status is `paused` once its workers are gone."""
         return self._json("POST", f"/v1/fine_tuning/jobs/{job_id}/pause")
 
-    def resume(self, job_id: str) -> Json:
-        return self._json("POST", f"/v1/fine_tuning/jobs/{job_id}/resume")
+    def resume(self, job_id: str, *, trainers: int | None = None) -> Json:
+        """Let a paused or failed job go on; with another number of `trainers` (below ZeRO-3) not exactly."""
+        body = {} if trainers is None else {"json": {"resources": {"trainers": trainers}}}
+        return self._json("POST", f"/v1/fine_tuning/jobs/{job_id}/resume", **body)
 
     def logs(self, job_id: str, attempt: int | None = None) -> str:
         """What the driver of an attempt printed; of the newest, where none is named."""

@@ -89,11 +89,18 @@ class JobStore:
         return job, True
 
     def succeed(
-        self, failed: JobRecord, job_id: str, inherited: Inheritance | None
+        self,
+        failed: JobRecord,
+        job_id: str,
+        inherited: Inheritance | None,
+        *,
+        config: Mapping[str, Any] | None = None,
+        note: EventDraft | None = None,
     ) -> tuple[JobRecord, bool]:
         """Accept a job that goes on where `failed` ended. Returns it and whether it is new.
 
-        One successor lives at a time: while it does, it is returned again.
+        One successor lives at a time: while it does, it is returned again. `config` where it is not that of
+        `failed`; `note` is what there is to say about that.
         """
         with self._database.write() as connection:
             find_job(connection, failed.id, lock=True)
@@ -102,7 +109,7 @@ class JobStore:
             ).scalar()
             if known is not None:
                 return find_job(connection, known), False
-            self._insert(connection, job_id, failed.config, failed.tenant_id, failed.file_ids)
+            self._insert(connection, job_id, config or failed.config, failed.tenant_id, failed.file_ids)
             step = None if inherited is None else inherited.step
             values = {"resumed_from": failed.id, "committed_step": step, "step": step or 0}
             connection.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
@@ -123,7 +130,7 @@ class JobStore:
                 f"It goes on where {failed.id} ended, at step {step or 0}.",
                 data={"resumed_from": failed.id, "step": step or 0},
             )
-            append_events(connection, job_id, [event], self._database.clock())
+            append_events(connection, job_id, [event, *filter(None, [note])], self._database.clock())
             job = find_job(connection, job_id)
         self._database.announce(job_id)
         return job, True
@@ -276,20 +283,31 @@ class JobStore:
         self._database.announce(job_id)
         return job
 
-    def resume(self, job_id: str, tenant_id: str | None = None) -> JobRecord:
+    def resume(
+        self,
+        job_id: str,
+        tenant_id: str | None = None,
+        *,
+        config: Mapping[str, Any] | None = None,
+        note: EventDraft | None = None,
+    ) -> JobRecord:
         """Let a paused job go on from its last checkpoint; it queues again in its old place.
 
-        Raises `IllegalTransitionError` unless it is paused, or waits to be. (A failed job is resumed as a
-        new one: `succeed`.)
+        `config` where it goes on under another one, which only a paused job can; `note` is what there is to
+        say about that. Raises `IllegalTransitionError` unless it is paused, or waits to be. (A failed job is
+        resumed as a new one: `succeed`.)
         """
         now = self._database.clock()
         with self._database.write() as connection:
             job = find_job(connection, job_id, tenant_id, lock=True)
             if job.state == "paused":
                 event = EventDraft("The job goes on from its last checkpoint.", data={"state": "queued"})
-                changes = {"desired": "run", "fruitless_attempts": 0}
+                changes: dict[str, Any] = {"desired": "run", "fruitless_attempts": 0}
+                if config is not None:
+                    changes["config"] = dict(config)
                 job = move_job(connection, job, "queued", event, now, **changes)
-            elif job.state in _COMING and job.desired == "pause":
+                append_events(connection, job_id, list(filter(None, [note])), now)
+            elif job.state in _COMING and job.desired == "pause" and config is None:
                 event = EventDraft("The pause was called off.", data={"state": job.state})
                 job = self._want(connection, job, "run", event, now)
             else:

@@ -37,6 +37,20 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 async def read_json(request: Request, limit: int) -> Any:
     """The parsed body. Its content type is required: no foreign page can make a browser send it unasked."""
+    _check_content_type(request)
+    return parse_json(await read_body(request, limit))
+
+
+async def read_optional_json(request: Request, limit: int) -> Any:
+    """The same where a body may be left away; then it is an empty object."""
+    body = await read_body(request, limit)
+    if not body:
+        return {}
+    _check_content_type(request)
+    return parse_json(body)
+
+
+def _check_content_type(request: Request) -> None:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise RequestError(
@@ -44,7 +58,6 @@ async def read_json(request: Request, limit: int) -> Any:
             mend="Send Content-Type: application/json.",
             code="invalid_content_type",
         )
-    return parse_json(await read_body(request, limit))
 
 
 def parse_json(body: bytes) -> Any:

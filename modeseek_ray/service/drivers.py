@@ -7,6 +7,7 @@ Every write checks (job, attempt, fence) in its own transaction; a stale one is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,7 +16,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modeseek_ray.config import config_error
+from modeseek_ray.config import config_error, parse_config
 from modeseek_ray.jobs.driver_store import Bearer, Progress
 from modeseek_ray.jobs.errors import TokenError
 from modeseek_ray.jobs.model_store import checkpoint_name, fine_tuned_name
@@ -107,9 +108,10 @@ def spec(bearer: BearerDep, service: ServiceDep) -> dict[str, Any]:
     """The job with everything resolved, and the checkpoint to go on from."""
     job = service.store.drivers.authorize(bearer)
     checkpoints = service.store.newest_checkpoints(job.id)
-    resolved = JobSpec.read(service.home.config(job.id)).to_json()
+    resolved = JobSpec.read(service.home.config(job.id))
+    config = parse_config(job.config)  # of now: a resumed job may have another number of trainers
     return {
-        **resolved,
+        **replace(resolved, config=config).to_json(),
         "attempt": bearer.attempt,
         "fence": bearer.fence,
         "home": str(service.home.storage),

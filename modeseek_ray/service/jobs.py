@@ -15,9 +15,10 @@ import pyarrow.parquet
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, Response
+from pydantic import ValidationError
 
 from modeseek_ray.client import finite
-from modeseek_ray.config import JobConfig
+from modeseek_ray.config import JobConfig, config_error
 from modeseek_ray.errors import ModeseekError
 from modeseek_ray.jobs.errors import InFlightError, NotFoundError
 from modeseek_ray.jobs.launcher import Capacity
@@ -26,7 +27,7 @@ from modeseek_ray.jobs.records import JobRecord, new_id
 from modeseek_ray.jobs.spec import JobSpec
 from modeseek_ray.reports.distribution import read_distribution
 from modeseek_ray.reports.rows import ledger_page, steering_of
-from modeseek_ray.service.body import read_json
+from modeseek_ray.service.body import read_json, read_optional_json
 from modeseek_ray.service.context import Caller, CallerDep, Service, ServiceDep
 from modeseek_ray.service.errors import ERROR_RESPONSES, RequestError
 from modeseek_ray.service.resumption import resume
@@ -37,6 +38,7 @@ from modeseek_ray.service.wire import (
     JobError,
     JobObject,
     Page,
+    Resumption,
     Validation,
     ValidationObject,
     checkpoint_object,
@@ -46,6 +48,12 @@ from modeseek_ray.service.wire import (
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"], responses=ERROR_RESPONSES)
 
 _METADATA = re.compile(r"metadata\[([^\[\]\"\\]{1,64})\]")
+_RESUME_BODY = {
+    "requestBody": {
+        "required": False,
+        "content": {"application/json": {"schema": Resumption.model_json_schema()}},
+    }
+}
 _JOB_BODY = {
     "requestBody": {
         "required": True,
@@ -159,14 +167,19 @@ def pause_job(job_id: str, service: ServiceDep, caller: CallerDep) -> JobObject:
     return _shown(service, job)
 
 
-@router.post("/{job_id}/resume")
-async def resume_job(job_id: str, service: ServiceDep, caller: CallerDep) -> JobObject:
-    """Let a paused job go on, exactly where it was.
+@router.post("/{job_id}/resume", openapi_extra=_RESUME_BODY)
+async def resume_job(job_id: str, request: Request, service: ServiceDep, caller: CallerDep) -> JobObject:
+    """Let a paused job go on, exactly where it was; with another number of trainers if the body says so.
 
     A failed job never changes: a new job, which is answered, goes on from its last checkpoint
     (`resumed_from`). Asked again, the same one is answered while it lives.
     """
-    job = await run_in_threadpool(resume, service, caller, job_id, await service.capacity())
+    body = await read_optional_json(request, service.settings.max_body_bytes)
+    try:
+        changes = Resumption.model_validate(body)
+    except ValidationError as error:
+        raise config_error(error, model=Resumption) from None
+    job = await run_in_threadpool(resume, service, caller, job_id, await service.capacity(), changes)
     service.wake()
     return await run_in_threadpool(_shown, service, job)
 

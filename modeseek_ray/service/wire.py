@@ -163,6 +163,20 @@ class Registration(Strict):
     purpose: Literal["fine-tune"] = "fine-tune"
 
 
+class ResumedResources(Strict):
+    """Of a job's `resources`, what may change when it goes on."""
+
+    trainers: int | None = Field(None, ge=1, le=4096)
+    """DeepSpeed ranks; None = as many as before. Below ZeRO-3 only, and inexact: with as many as before the
+    weights are those of a run in one go, with others gradients are summed in another order."""
+
+
+class Resumption(Strict):
+    """What is to be other than it was. Nothing, where the body is left away."""
+
+    resources: ResumedResources = Field(default_factory=ResumedResources)
+
+
 def file_object(record: FileRecord) -> FileObject:
     return FileObject(
         id=record.id,
