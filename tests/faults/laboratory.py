@@ -89,6 +89,14 @@ class Laboratory:
         self._stack = ExitStack()
 
     def __enter__(self) -> Laboratory:
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()  # or a mounted volume would stay behind
+            raise
+        return self
+
+    def _open(self) -> None:
         environment = {
             "PYTHONPATH": os.pathsep.join([str(HOOKS), str(ROOT)]),
             "MODESEEK_FAULT_PLAN": str(self._plan),
@@ -115,7 +123,6 @@ class Laboratory:
                 self._files[kind] = client.upload(jobs.training_file(kind, self._directory, self._prompts))[
                     "id"
                 ]
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
