@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -31,7 +31,14 @@ from actors.scorers import ScorerPool
 from actors.trainer import TrainerRank
 from actors.vllm_engine import environment as vllm_environment
 from modeseek_ray.data.batching import deal
-from modeseek_ray.errors import ModeseekError, StorageError, WorkerError, is_full
+from modeseek_ray.errors import (
+    ModeseekError,
+    StorageError,
+    WorkerError,
+    is_full,
+    is_out_of_memory,
+    out_of_memory,
+)
 
 if TYPE_CHECKING:
     from actors.trainer import TrainerSpec
@@ -68,12 +75,15 @@ class RayWorker:
                     mend="Free some space, then resume the job: it goes on from its last checkpoint.",
                     code="disk_full",
                 ) from error
+            if is_out_of_memory(error.cause):
+                raise out_of_memory(f"{self._name} failed in {method}", error.cause) from error
             raise WorkerError(
                 f"{self._name} failed in {method}: {error.cause!r}",
-                mend="The full traceback is in the job's log; out-of-memory errors go away with smaller"
-                " resources.micro_batch_tokens, a higher zero_stage or gradient_checkpointing.",
+                mend="The full traceback is in the job's log.",
             ) from error
-        except RayActorError as error:
+        except (RayActorError, OutOfMemoryError) as error:
+            if is_out_of_memory(error):  # Ray's memory monitor says so; the kernel's kills without a word
+                raise out_of_memory(f"{self._name} was killed in {method}", error) from error
             raise WorkerError(
                 f"{self._name} died in {method}: {error}",
                 mend="Look for an out-of-memory kill on its node; the job can go on from its last checkpoint.",

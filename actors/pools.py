@@ -322,13 +322,16 @@ class TrainerPool:
                 call.cancel()
 
 
+_DEATHS = ("worker_died", "out_of_memory")
+
+
 async def _death_among(calls: Sequence[asyncio.Future[Any]]) -> WorkerError | None:
     """The error that says that a rank died, if one does so within `DEATH_GRACE_S`."""
     ends = time.monotonic() + DEATH_GRACE_S
     while True:
         for call in calls:
             error = call.exception() if call.done() and not call.cancelled() else None
-            if isinstance(error, WorkerError) and error.code == "worker_died":
+            if isinstance(error, WorkerError) and error.code in _DEATHS:
                 return error
         pending = [call for call in calls if not call.done()]
         left_s = ends - time.monotonic()

@@ -126,6 +126,37 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
+# How PyTorch and Ray put it: their classes are not loaded here, and the CPU's allocator has none of its own.
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "running low on memory")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, says that the memory of a machine or a GPU is used up.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shapes differ"))
+    (True, False)
+    """
+    while error is not None:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        if any(words in str(error) for words in _NO_MEMORY):
+            return True
+        error = error.__cause__
+    return False
+
+
+def out_of_memory(what: str, error: BaseException) -> WorkerError:
+    """`what` needed more memory than there was. Another attempt may have more: the job goes on from its checkpoint."""
+    return WorkerError(
+        f"{what}: out of memory: {error}",
+        mend="Lower resources.micro_batch_tokens, raise zero_stage or set gradient_checkpointing; or find it more"
+        " memory (`modeseek check` says how much each process needs).",
+        code="out_of_memory",
+    )
+
+
 def cannot_write(what: str, path: object, error: OSError, *, kept: str) -> StorageError:
     """`what` cannot be written to `path`; `kept` says what is untouched. Code `disk_full` or `storage`."""
     return StorageError(

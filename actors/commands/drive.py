@@ -27,7 +27,7 @@ from actors.journal import ResultJournal
 from actors.nodes import marked
 from actors.trackers import trackers_of
 from modeseek_ray.client import AttemptClient
-from modeseek_ray.errors import ModeseekError, StorageError, is_full
+from modeseek_ray.errors import ModeseekError, StorageError, is_full, is_out_of_memory, out_of_memory
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.spec import JobSpec
 from modeseek_ray.jobs.structured_logs import about, configure
@@ -91,7 +91,7 @@ async def _drive(client: AttemptClient, home: Home, job_id: str, number: int, to
         await _end(sink, error)
     except Exception as error:
         log.exception("the attempt ends")
-        await _end(sink, _full(error) if is_full(error) else _unforeseen(error))
+        await _end(sink, _named(error))
     finally:
         lost.cancel()
         stopped.cancel()
@@ -194,15 +194,16 @@ def _wire_error(error: ModeseekError) -> dict[str, str | None]:
     return {"code": error.code, "message": str(error), "param": error.param}
 
 
-def _full(error: Exception) -> ModeseekError:
-    return StorageError(
-        f"the driver cannot write: {error}.",
-        mend="Free some space, then resume the job: it goes on from its last checkpoint.",
-        code="disk_full",
-    )
-
-
-def _unforeseen(error: Exception) -> ModeseekError:
+def _named(error: Exception) -> ModeseekError:
+    """An error of the driver's own, or of Ray's, in our words."""
+    if is_full(error):
+        return StorageError(
+            f"the driver cannot write: {error}.",
+            mend="Free some space, then resume the job: it goes on from its last checkpoint.",
+            code="disk_full",
+        )
+    if is_out_of_memory(error):
+        return out_of_memory("the driver failed", error)
     return ModeseekError(
         f"the driver failed: {error!r}.",
         mend="The traceback is in the attempt's log (`modeseek logs JOB`); please report it.",

@@ -127,6 +127,7 @@ class Listening:
         (TimeoutError("a collective"), "recovering", "internal_error"),
         (RayError("the cluster is gone"), "recovering", "internal_error"),
         (ZeroDivisionError("ours"), "recovering", "internal_error"),
+        (MemoryError(), "recovering", "out_of_memory"),
         # It goes on when there is space.
         (OSError(errno.ENOSPC, "No space left on device"), "paused", "disk_full"),
         (StorageError("no room for a checkpoint.", code="disk_full"), "paused", "disk_full"),
