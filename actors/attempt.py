@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from actors.attempt_spec import FROM_DISK, AttemptResult, AttemptSpec
+from actors.checkpoint import CheckpointStore
 from actors.driver import Driver, Outcome, Plan
 from actors.export import Exported, largest_difference
 from actors.journal import ResultJournal
@@ -147,11 +148,23 @@ class Attempt:
         if self._spec.committed is not FROM_DISK:
             checkpoints.forget_uncommitted(self._spec.committed)
         latest = checkpoints.latest()
+        await self._say_what_is_damaged(checkpoints, latest)
         self._journal.resume_from(0 if latest is None else checkpoints.read_controller(latest)["step"])
         for difference in [] if latest is None else checkpoints.differences(latest):
             await self._journal.message(difference, level="warn")
         probed = {name: probe_groups(rows, self._placement.put) for name, rows in probes.items()}
         return Driver(plan, source, trainer, self._journal, checkpoints, probes=probed, **more)
+
+    async def _say_what_is_damaged(self, checkpoints: CheckpointStore, latest: Path | None) -> None:
+        """Steps that were committed are trained again: the user should hear why."""
+        newest = self._spec.committed if self._spec.committed is not FROM_DISK else None
+        newest = newest or next(iter(checkpoints.all()), None)
+        if newest is None or newest == latest:
+            return
+        on = "from the beginning" if latest is None else f"from {latest.name}"
+        await self._journal.message(
+            f"The checkpoint {newest.name} is damaged or gone: the job goes on {on}.", level="warn"
+        )
 
     def _stopped(self, outcome: Outcome) -> AttemptResult:
         self._record("paused" if outcome.ended == "pause" else "cancelled", finished_at=time.time())
