@@ -8,6 +8,7 @@ long as one over ten.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, Select, select
@@ -32,8 +33,11 @@ class Agenda:
     to_start: list[JobRecord]
 
 
-def read_agenda(database: Database, *, validations: int, slots: int) -> Agenda:
-    """As of one moment. At most `validations` jobs to be validated; `slots` is how many may run in all."""
+def read_agenda(database: Database, *, validations: int, slots: int, aside: Collection[int] = ()) -> Agenda:
+    """As of one moment. At most `validations` jobs to be validated; `slots` is how many may run in all.
+
+    Jobs with a number in `aside` are not started, and keep nobody waiting.
+    """
     with database.read() as connection:
         coming = jobs.c.state.in_(("accepted", "validating"))
         attended = _read(connection, _jobs(jobs.c.state.in_(ATTENDED)))
@@ -43,11 +47,13 @@ def read_agenda(database: Database, *, validations: int, slots: int) -> Agenda:
             attended=attended,
             recovering=_read(connection, _jobs(jobs.c.state == "recovering")),
             to_pause=_read(connection, _jobs(waits_for_pause)),
-            to_start=_to_start(connection, attended, slots),
+            to_start=_to_start(connection, attended, slots, aside),
         )
 
 
-def _to_start(connection: Connection, attended: list[JobRecord], slots: int) -> list[JobRecord]:
+def _to_start(
+    connection: Connection, attended: list[JobRecord], slots: int, aside: Collection[int]
+) -> list[JobRecord]:
     """Read along the line until every slot is taken."""
     if len(attended) >= slots:
         return []
@@ -64,6 +70,8 @@ def _to_start(connection: Connection, attended: list[JobRecord], slots: int) -> 
     )
     if at_limit:
         line = line.where(jobs.c.tenant_id.not_in(at_limit))
+    if aside:
+        line = line.where(jobs.c.number.not_in(aside))
     with connection.execution_options(stream_results=True).execute(line) as waiting:
         numbers = [job.number for job in startable(waiting, attended, slots=slots, limits=limits)]
     return _read(connection, _jobs(jobs.c.number.in_(numbers)))

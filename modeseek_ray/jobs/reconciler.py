@@ -18,6 +18,7 @@ from typing import Any
 from modeseek_ray.jobs.attendant import Attendant, ReconcilerSettings
 from modeseek_ray.jobs.engine_keeper import EngineKeeper
 from modeseek_ray.jobs.errors import ConflictError, IllegalTransitionError
+from modeseek_ray.jobs.fit import why_it_waits
 from modeseek_ray.jobs.launcher import Capacity, Launcher, ValidationOutcome, Validator
 from modeseek_ray.jobs.paths import Home, write_private
 from modeseek_ray.jobs.records import EventDraft, JobRecord
@@ -59,6 +60,8 @@ class Reconciler:
         self._name = secrets.token_hex(8)
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._leads_until = 0.0
+        self._aside: set[int] = set()  # numbers of queued jobs that a cluster like this one cannot hold
+        self._aside_of: Capacity | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._woken = asyncio.Event()
         self._attendant = (
@@ -98,8 +101,12 @@ class Reconciler:
         if not await asyncio.to_thread(self._leads):
             return
         slots = 0 if self._attendant is None else self.settings.max_running_jobs
+        await self._look_at_those_aside()
         agenda = await asyncio.to_thread(
-            self._store.agenda, validations=self.settings.max_validations, slots=slots
+            self._store.agenda,
+            validations=self.settings.max_validations,
+            slots=slots,
+            aside=frozenset(self._aside),
         )
         for job in agenda.coming:
             self._validate_soon(job)
@@ -114,7 +121,10 @@ class Reconciler:
             elif self._attendant is not None:
                 self._start_task("watch", job, self._attendant.watch(job))
         for job in agenda.to_start:
-            await self._guarded(job, self._begin(job))
+            if await self._fits(job):
+                await self._guarded(job, self._begin(job))
+            else:
+                self._woken.set()  # who comes behind it may start
         if self.engines is not None:
             await self.engines.reconcile()
 
@@ -191,6 +201,28 @@ class Reconciler:
         self._woken.set()
 
     # queued -> starting
+
+    async def _fits(self, job: JobRecord) -> bool:
+        """Whether the cluster can hold the job. One that it cannot stands aside until there is another cluster."""
+        capacity = await self.capacity()
+        if capacity is None:
+            return True
+        reason = await asyncio.to_thread(why_it_waits, self._home, job, capacity)
+        if reason is None:
+            return True
+        self._aside.add(job.number)
+        self._aside_of = capacity
+        event = EventDraft(
+            f"The job stands aside until the cluster has grown: {reason} Or cancel it and ask for less.",
+            "warn",
+        )
+        await asyncio.to_thread(self._store.jobs.add_event, job.id, event)
+        return False
+
+    async def _look_at_those_aside(self) -> None:
+        """They are in line again when the cluster has changed."""
+        if self._aside and await self.capacity() not in (None, self._aside_of):
+            self._aside.clear()
 
     async def _begin(self, job: JobRecord) -> None:
         """The secret is on disk before the attempt is in the store: a crash between leaves no orphan."""

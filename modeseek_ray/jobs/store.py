@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from sqlalchemy import insert, select, update
@@ -54,9 +54,9 @@ class Store:
         with self.database.write() as connection:
             connection.execute(update(leases).where(leases.c.name == "probe").values(until=now))
 
-    def agenda(self, *, validations: int, slots: int) -> Agenda:
+    def agenda(self, *, validations: int, slots: int, aside: Collection[int] = ()) -> Agenda:
         """What the reconciler has to look at now (`agenda.py`)."""
-        return read_agenda(self.database, validations=validations, slots=slots)
+        return read_agenda(self.database, validations=validations, slots=slots, aside=aside)
 
     def newest_checkpoints(self, job_id: str) -> list[str]:
         """Paths of a job's checkpoints, the one to resume from first; later ones are what to fall back on."""

@@ -18,11 +18,12 @@ from modeseek_ray.data.rows import Row
 from modeseek_ray.data.weighting import refuse_impossible_weighting
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.jobs.errors import NotFoundError
+from modeseek_ray.jobs.fit import refuse_what_never_fits
 from modeseek_ray.jobs.integrations import check_integrations
 from modeseek_ray.jobs.job_store import new_job_id
 from modeseek_ray.jobs.launcher import Capacity
 from modeseek_ray.jobs.models import ModelInfo
-from modeseek_ray.jobs.plan import Plan, plan
+from modeseek_ray.jobs.plan import plan
 from modeseek_ray.jobs.records import FileRecord, JobRecord
 from modeseek_ray.jobs.spec import FILE_ROLES, JobSpec
 from modeseek_ray.rewards.build import local_models
@@ -77,30 +78,6 @@ def check(service: Service, caller: Caller, body: Any, capacity: Capacity | None
     training = _check_rows(service, files, asks=config.rollout is not None)
     refuse_impossible_weighting(config, training)
     return Checked(config, files, model_path, behavior_path, judges)
-
-
-def refuse_what_never_fits(wanted: Plan, capacity: Capacity) -> None:
-    """Raises `ConfigError` for a job that would wait for ever, with what it needs and what there is."""
-    for name, needed, there in (
-        ("CPUs", wanted.cpus, capacity.cpus),
-        ("GPUs", wanted.gpus, capacity.gpus),
-    ):
-        if needed > there:
-            raise ConfigError(
-                f"the job needs {needed:g} {name} at a time, the whole cluster has {there:g}.",
-                param="resources",
-                mend="Ask for fewer workers, or for less per worker; or have nodes added.",
-                code="does_not_fit",
-            )
-    for process in wanted.processes:
-        if process.cpus_each > capacity.node_cpus or process.gpus_each > capacity.node_gpus:
-            raise ConfigError(
-                f"one {process.role} needs {process.cpus_each:g} CPUs and {process.gpus_each:g} GPUs on one"
-                f" node; the largest has {capacity.node_cpus:g} and {capacity.node_gpus:g}.",
-                param="resources",
-                mend="Ask for less per worker.",
-                code="does_not_fit",
-            )
 
 
 def accept(

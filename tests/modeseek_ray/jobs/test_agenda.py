@@ -49,6 +49,8 @@ def test_each_job_is_where_something_has_to_be_done_about_it(either: Store, help
         "to_start": ["first"],
     }
     assert names(store.agenda(validations=9, slots=9).coming) == ["new", "newer"]
+    aside = {store.jobs.get("ftjob-first").number}
+    assert names(store.agenda(validations=1, slots=3, aside=aside).to_start) == ["second"]
     assert store.agenda(validations=1, slots=2).to_start == []
     assert agenda.attended[0] == store.jobs.get(started.id)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from typing import Any
@@ -147,6 +148,35 @@ def test_a_job_that_can_never_fit_is_refused_with_what_it_needs(
     with pytest.raises(openai.BadRequestError, match=said) as refused:
         service.openai().fine_tuning.jobs.create(**service.body(), extra_body={"resources": resources})
     assert (refused.value.code, refused.value.param) == ("does_not_fit", "resources")
+
+
+def test_a_job_that_no_longer_fits_stands_aside_and_keeps_nobody_waiting(
+    start_service: Any, until: Any
+) -> None:
+    """Accepted while nobody knew the cluster; it starts when that has grown, and says until then what it needs."""
+    service = start_service()
+    large = service.submit(resources={"trainers": 3})
+    driver = service.driver(large)
+    service.launcher.has = Capacity(cpus=2, gpus=0, node_cpus=2, node_gpus=0)
+    service.reconciler._capacity_until = 0.0
+
+    async def wait_in_vain() -> None:
+        await driver.transition("recovering", error={"code": "no_resources", "message": "no room."})
+        await driver.close()
+
+    asyncio.run(wait_in_vain())
+    del service.launcher.secrets[large]  # of its first attempt
+    service.driver(service.submit())
+    with service.client() as client:
+        assert client.job(large)["status"] == "queued"
+        until(lambda: any("stands aside" in event["message"] for event in client.events(large)))
+        [said] = [event for event in client.events(large) if "stands aside" in event["message"]]
+        assert (
+            said["level"] == "warn" and "needs 3 CPUs at a time, the whole cluster has 2" in said["message"]
+        )
+        service.launcher.has = Capacity(cpus=4, gpus=0, node_cpus=4, node_gpus=0)
+        service.reconciler._capacity_until = 0.0
+        service.driver(large)
 
 
 def test_a_queued_job_says_its_place_and_when_it_may_start(start_service: Any) -> None:
