@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, Text, cast, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from modeseek_ray.jobs.database import Database
@@ -24,7 +24,7 @@ from modeseek_ray.jobs.records import (
     new_id,
 )
 from modeseek_ray.jobs.states import ATTENDED, TERMINAL, TRANSITIONS
-from modeseek_ray.jobs.tables import attempts, checkpoints, events, idempotency, jobs, tenants
+from modeseek_ray.jobs.tables import attempts, checkpoints, events, idempotency, jobs, tenants, to_json_text
 
 # Nothing runs for these, so a cancelled one needs nobody to end it.
 _UNATTENDED = frozenset({"accepted", "validating", "queued", "paused", "recovering"})
@@ -229,9 +229,12 @@ class JobStore:
         found = list(connection.execute(query).scalars())
         return sum(found) / len(found) if found else None
 
-    def living(self) -> list[JobRecord]:
-        """All jobs that have not ended."""
-        return self.in_states(*(state for state in TRANSITIONS if state not in TERMINAL))
+    def living_that_name(self, text: str) -> list[JobRecord]:
+        """Jobs that have not ended and in whose configuration this stands, anywhere: look closely at those."""
+        living = jobs.c.state.in_([state for state in TRANSITIONS if state not in TERMINAL])
+        named = cast(jobs.c.config, Text).contains(to_json_text(text)[1:-1], autoescape=True)
+        with self._database.read() as connection:
+            return [JobRecord.of(row) for row in connection.execute(select(jobs).where(living, named))]
 
     def move(self, job: JobRecord, state: str, event: EventDraft, **changes: Any) -> JobRecord:
         """One transition from the state `job` was read in. Raises `ConflictError` if it has moved since."""

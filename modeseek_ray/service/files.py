@@ -102,7 +102,8 @@ def file_content(file_id: str, service: ServiceDep, caller: CallerDep) -> FileRe
 def delete_file(file_id: str, service: ServiceDep, caller: CallerDep) -> Deleted:
     """Delete a file. One that a living job reads is kept."""
     service.store.files.get(file_id, caller.tenant_id)
-    job = next((job for job in service.store.jobs.living() if file_id in job.file_ids), None)
+    naming = service.store.jobs.living_that_name(file_id)
+    job = next((job for job in naming if file_id in job.file_ids), None)
     if job is not None:
         raise RequestError(
             f"job {job.id} still reads this file.",

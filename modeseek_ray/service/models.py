@@ -55,7 +55,8 @@ def delete_model(name: str, service: ServiceDep, caller: CallerDep) -> Deleted:
         raise RequestError("base models cannot be deleted.", param="model", mend="Only ft: models can.")
     known = service.store.models.find(name, caller.tenant_id) is not None
     # Of another tenant's model nothing is said, not even that it is in use.
-    job = next((job for job in service.store.jobs.living() if known and name in _models_of(job)), None)
+    naming = service.store.jobs.living_that_name(name) if known else []
+    job = next((job for job in naming if name in _models_of(job)), None)
     if job is not None:
         raise RequestError(
             f"job {job.id} still reads this model.",

@@ -298,6 +298,16 @@ def test_metadata_filters(store: Store, helpers: Any) -> None:
     assert store.jobs.page(metadata={"te.am": "a"}).data == []
 
 
+def test_living_jobs_that_name_something(store: Store, helpers: Any) -> None:
+    for name, model in (("a", 'ft:so "called" 100%:default::1'), ("b", "ft:so called 1000:default::1")):
+        store.jobs.submit(f"ftjob-{name}", {**helpers.config, "model": model})
+    found = store.jobs.living_that_name('ft:so "called" 100%:default::1')
+    assert [job.id for job in found] == ["ftjob-a"]
+    assert len(store.jobs.living_that_name(helpers.config["training_file"])) == 2
+    store.jobs.cancel("ftjob-a")
+    assert store.jobs.living_that_name('ft:so "called" 100%:default::1') == []
+
+
 def test_another_tenant_sees_nothing(store: Store, helpers: Any) -> None:
     store.keys.create("theirs", tenant_id="other")
     job = helpers.submit(store)
