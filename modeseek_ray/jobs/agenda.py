@@ -70,10 +70,9 @@ def _to_start(
     )
     if at_limit:
         line = line.where(jobs.c.tenant_id.not_in(at_limit))
-    if aside:
-        line = line.where(jobs.c.number.not_in(aside))
     with connection.execution_options(stream_results=True).execute(line) as waiting:
-        numbers = [job.number for job in startable(waiting, attended, slots=slots, limits=limits)]
+        queue = (job for job in waiting if job.number not in aside)
+        numbers = [job.number for job in startable(queue, attended, slots=slots, limits=limits)]
     return _read(connection, _jobs(jobs.c.number.in_(numbers)))
 
 
