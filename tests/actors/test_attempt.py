@@ -230,21 +230,27 @@ def test_gamma_zero_is_plain_fine_tuning_bit_for_bit(
 def test_an_attempt_that_was_stopped_ends_with_the_same_bits(
     tiny_dense: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
+    """Also where its newest checkpoint was damaged meanwhile: then from the one before, and it says so."""
     whole = _spec(tiny_dense, files, tmp_path / "whole", ANCHORED)
     expected = _run(whole)
 
     class Crash(Exception):
         """Between two checkpoints."""
 
-    def crash_at_three(event: Mapping[str, Any]) -> None:
-        if event["data"].get("step") == 3 and "loss" in event["data"]:
+    def crash_at_five(event: Mapping[str, Any]) -> None:
+        if event["data"].get("step") == 5 and "loss" in event["data"]:
             raise Crash
 
     broken = _spec(tiny_dense, files, tmp_path / "broken", ANCHORED)
     with pytest.raises(Crash):
-        _run(broken, on_event=crash_at_three)
-    assert _run(broken).weights_sha256 == expected.weights_sha256
+        _run(broken, on_event=crash_at_five)
+    damaged = broken.directory / "checkpoints" / "step-4.a1"
+    (damaged / "controller.json").write_text("{}")
+    events: list[Mapping[str, Any]] = []
+    assert _run(broken, on_event=events.append).weights_sha256 == expected.weights_sha256
     assert _losses(broken) == _losses(whole)
+    [said] = [e["message"] for e in events if e["level"] == "warn" and "damaged" in e["message"]]
+    assert "step-4.a1" in said and "from step-2.a1" in said
 
 
 def test_an_export_that_differs_is_no_success(
