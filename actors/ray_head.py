@@ -28,8 +28,7 @@ from actors.network import free_ports
 from modeseek_ray.errors import WorkerError
 
 START_DEADLINE_S = 120.0
-# To end by itself. Where Ray Data has left its three actors behind, Ray never does.
-DRAIN_S = 5.0
+END_S = 10.0  # for all its processes, before they are killed
 # Not Ray's own choice, 10,002 to 19,999, which another Ray on this machine may use.
 FIRST_WORKER_PORT, LAST_WORKER_PORT = 20_000, 29_999
 
@@ -93,7 +92,7 @@ def _end_family(head: RayHead) -> None:
     process = psutil.Process(head.pid)
     family = [process, *process.children(recursive=True)]
     process.send_signal(signal.SIGTERM)
-    psutil.wait_procs(family, timeout=DRAIN_S)
+    psutil.wait_procs(family, timeout=END_S)
     for member in family:
         try:
             member.kill()
@@ -141,7 +140,13 @@ def _start(directory: Path, num_cpus: int, gpus: int | None) -> RayHead:
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "TOKENIZERS_PARALLELISM": "false"},
+        env={
+            **os.environ,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # A head that is told to end would wait half a minute for actors; jobs go on from their checkpoints.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "TOKENIZERS_PARALLELISM": "false",
+        },
     )
     head = RayHead(
         pid=process.pid,

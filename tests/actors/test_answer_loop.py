@@ -57,7 +57,7 @@ async def test_a_writer_that_breaks_ends_every_question() -> None:
     for task in asked:
         with pytest.raises(WorkerError, match="out of memory"):
             await task
-    await asyncio.wait_for(loop.broken.wait(), 10)
+    await asyncio.wait_for(loop.broken.wait(), 60)
 
 
 async def test_there_is_an_end_to_how_many_may_wait() -> None:

@@ -1,4 +1,7 @@
-"""Online and best-of-N jobs, whole, with real vLLM: `modeseek run --local` in processes of their own."""
+"""Online and best-of-N jobs, whole, with real vLLM: `modeseek run --local` in processes of their own.
+
+They are forks of one that has imported their packages; the first, which is not killed, imports for itself.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,9 @@ import yaml
 
 from modeseek_ray.playground import data_files
 from modeseek_ray.reports.results import read_metrics
+from tests.conftest import head_of
 
-ROUNDS = 8
+ROUNDS = 6
 GRADER = {
     "type": "string_check",
     "input": "{{ sample.output_text }}",
@@ -40,19 +45,19 @@ def job(model: Path, home: Path, directory: Path, method: dict[str, Any], **more
     return path
 
 
-def start(job_file: Path, out: Path) -> subprocess.Popen[str]:
+def start(job_file: Path, out: Path, environment: Mapping[str, str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "actors.main", "run", str(job_file), "--local", "--out", str(out)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
     )
 
 
-def finish(job_file: Path, out: Path) -> str:
-    process = start(job_file, out)
+def finish(job_file: Path, out: Path, environment: Mapping[str, str]) -> str:
+    process = start(job_file, out, environment)
     text, _ = process.communicate(timeout=400)
     assert process.returncode == 0, text[-3000:]
     return text
@@ -77,25 +82,20 @@ def online(playground_moe: Path, modeseek_home: Path, tmp_path_factory: pytest.T
                 "inner_steps": 2,
                 "learning_rate": 5e-4,
                 "checkpoint_every": 3,
-                "evaluate_every": 4,
+                "evaluate_every": 3,
             },
         },
     }
-    files = data_files(modeseek_home)
-    return job(
-        playground_moe,
-        modeseek_home,
-        tmp_path_factory.mktemp("online"),
-        method,
-        validation_file=str(files["new-task.prompts-valid"]),
-    )
+    directory = tmp_path_factory.mktemp("online")
+    validation = head_of(data_files(modeseek_home)["new-task.prompts-valid"], 24, directory)
+    return job(playground_moe, modeseek_home, directory, method, validation_file=str(validation))
 
 
 @pytest.fixture(scope="module")
 def whole(online: Path) -> Path:
     """The job run to its end without a fault."""
     out = online.parent / "whole"
-    finish(online, out)
+    finish(online, out, {})
     return out
 
 
@@ -121,10 +121,12 @@ def test_routes_of_the_engine_are_those_of_the_trainer_in_float32(whole: Path) -
 
 
 @pytest.mark.slow
-def test_killed_in_mid_job_it_ends_with_the_same_bits(whole: Path, online: Path) -> None:
+def test_killed_in_mid_job_it_ends_with_the_same_bits(
+    whole: Path, online: Path, forks: dict[str, str]
+) -> None:
     """kill -9 between two checkpoints; what was written before is read again, not written anew."""
     out = online.parent / "killed"
-    process = start(online, out)
+    process = start(online, out, forks)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 5/"):
@@ -133,7 +135,7 @@ def test_killed_in_mid_job_it_ends_with_the_same_bits(whole: Path, online: Path)
     process.wait()
     before = sorted(p.name for p in (out / "rollouts").glob("round-*.parquet"))
     assert len(before) >= 5
-    text = finish(online, out)
+    text = finish(online, out, forks)
     assert "Resumed from step-3" in text
     hashes = [json.loads((d / "results" / "job.json").read_text())["weights_sha256"] for d in (whole, out)]
     assert hashes[0] == hashes[1] and hashes[0] is not None
@@ -141,7 +143,9 @@ def test_killed_in_mid_job_it_ends_with_the_same_bits(whole: Path, online: Path)
 
 
 @pytest.mark.slow
-def test_rollouts_can_be_trained_on_again_without_a_generator(whole: Path, online: Path) -> None:
+def test_rollouts_can_be_trained_on_again_without_a_generator(
+    whole: Path, online: Path, forks: dict[str, str]
+) -> None:
     """Another weighting of the same samples, by their recorded rewards and log-probabilities."""
     config = yaml.safe_load(online.read_text())
     weighting = {
@@ -156,24 +160,22 @@ def test_rollouts_can_be_trained_on_again_without_a_generator(whole: Path, onlin
     again = online.parent / "again.yaml"
     again.write_text(yaml.safe_dump(config), encoding="utf-8")
     out = online.parent / "again"
-    finish(again, out)
+    finish(again, out, forks)
     gammas_S = read_metrics(out / "results").known("gamma")[1]
     assert len(gammas_S) == 4 and (gammas_S > 0).any()
 
 
 @pytest.mark.slow
 def test_best_of_n_keeps_every_candidate_and_trains_on_them_if_asked(
-    playground_dense: Path, modeseek_home: Path, tmp_path: Path
+    playground_dense: Path, modeseek_home: Path, tmp_path: Path, forks: dict[str, str]
 ) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    lines = data_files(modeseek_home)["new-task.prompts"].read_text().splitlines()[:12]
-    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    prompts = head_of(data_files(modeseek_home)["new-task.prompts"], 12, tmp_path)
     grader = {**GRADER, "operation": "ne"}
     then = {"preset": "bon", "training": {"max_steps": 3, "batch_size": 16, "learning_rate": 1e-4}}
     method = {"type": "best_of_n", "best_of_n": {"grader": grader, "rollout": ROLLOUT, "then": then}}
     file = job(playground_dense, modeseek_home, tmp_path, method, training_file=str(prompts))
     out = tmp_path / "out"
-    finish(file, out)
+    finish(file, out, forks)
     rows = [json.loads(line) for line in (out / "results" / "best_of_n.jsonl").read_text().splitlines()]
     assert [row["line"] for row in rows] == list(range(1, 13))
     for row in rows:

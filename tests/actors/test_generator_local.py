@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +26,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_a_trainer_goes_on_after_the_engine_beside_it_was_closed(vllm_moe: Path) -> None:
+def test_a_trainer_goes_on_after_the_engine_beside_it_was_closed(
+    vllm_moe: Path, forks: dict[str, str]
+) -> None:
     """In a process of its own: vLLM changes torch for all that comes later."""
     command = [sys.executable, "-m", "tests.actors.test_generator_local", str(vllm_moe)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    environment = {**os.environ, **forks}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.strip().splitlines()[-1])
     assert found["largest"] < 1e-4

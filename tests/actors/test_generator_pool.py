@@ -432,13 +432,13 @@ async def test_jobs_get_room_for_all_their_workers_or_wait_without_any(ray_clust
     waiting = [
         asyncio.create_task(job.reserve(trainers=2, generators=2, generator=engine_spec)) for job in jobs
     ]
-    done, others = await asyncio.wait(waiting, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+    done, others = await asyncio.wait(waiting, timeout=120, return_when=asyncio.FIRST_COMPLETED)
     assert (len(done), len(others)) == (1, 1)
     (second,) = others
     await asyncio.wait([second], timeout=1)
     assert not second.done()
     await jobs[waiting.index(done.pop())].close()
-    await asyncio.wait_for(second, 30)  # all at once, when the first is over
+    await asyncio.wait_for(second, 120)  # all at once, when the first is over
     await jobs[waiting.index(second)].close()
 
 

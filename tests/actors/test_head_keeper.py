@@ -56,6 +56,6 @@ def test_a_dead_head_is_replaced_until_the_service_ends(heads: list[Any], tmp_pa
         assert keeper.dashboard == "http://127.0.0.1:1"
         assert not moved.wait(0.1) and len(heads) == 1
         heads[0].lives = False
-        assert moved.wait(10)
+        assert moved.wait(60)
         assert (told, keeper.dashboard) == (["http://127.0.0.1:2"], "http://127.0.0.1:2")
     assert not heads[-1].lives and len(heads) == 2

@@ -230,7 +230,7 @@ async def test_on_ray_a_classifier_that_is_killed_is_started_again(one_logit: st
         before = await grader.grade(ITEMS)
         [worker] = [p for p in psutil.process_iter(["cmdline"]) if is_classifier(p)]
         worker.kill()
-        worker.wait(10)
+        worker.wait(60)
         assert await grader.grade(ITEMS) == before
         np.testing.assert_allclose(
             [grade.reward for grade in before], logits_alone(one_logit, CONVERSATIONS)[:, 0], atol=1e-5

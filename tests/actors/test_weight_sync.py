@@ -450,13 +450,13 @@ async def test_the_trainer_scores_its_canary_while_the_engines_load() -> None:
     class Waiting(FakeOwner):
         async def canary(self, sequences: Sequence[Any]) -> list[Any]:
             begun["canary"].set()
-            await asyncio.wait_for(begun["load"].wait(), 5)
+            await asyncio.wait_for(begun["load"].wait(), 60)
             return await super().canary(sequences)
 
     class Slow(MemoryTransfer):
         async def load(self, gathered: Any, version: int) -> int:
             begun["load"].set()
-            await asyncio.wait_for(begun["canary"].wait(), 5)
+            await asyncio.wait_for(begun["canary"].wait(), 60)
             return await super().load(gathered, version)
 
     owner = Waiting(log_prob=1.0)

@@ -339,7 +339,7 @@ def run_one(name: str, case: Case, model: Path) -> dict[str, float]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(case.threads),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
         "RAY_AUTH_MODE": "token",
         "TOKENIZERS_PARALLELISM": "false",
     }

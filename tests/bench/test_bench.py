@@ -16,6 +16,7 @@ from tests.bench import online, service
 from tests.bench.__main__ import ROOT, Store, measure
 from tests.bench.lines import Line, markdown, rich_table, slope
 from tests.bench.pieces import PIECES, Piece
+from tests.forks import environ
 
 
 @pytest.mark.parametrize(
@@ -138,11 +139,12 @@ def test_both_sides_give_the_same_rewards() -> None:
 
 
 @pytest.mark.slow
-def test_the_contenders_of_the_online_loop_write_alike(tmp_path: Path) -> None:
+def test_the_contenders_of_the_online_loop_write_alike(tmp_path: Path, forks: dict[str, str]) -> None:
     """A model of 0.3 M parameters: as many samples each, and lengths by the same two end tokens."""
     case = online.Case(prompts=4, samples=8, max_tokens=64, rounds=1, threads=1, width=64, layers=1)
     model = online.build_model(case, tmp_path / "model")
-    found = {name: online.run_one(name, case, model) for name in ("trl", "ours_overlapped")}
+    with environ(forks):
+        found = {name: online.run_one(name, case, model) for name in ("trl", "ours_overlapped")}
     for figures in found.values():
         # Each token ends a text with a chance of about 2 in 261: 50 tokens on average, give or take 4.
         assert 30 < figures["mean_tokens"] < 64

@@ -9,6 +9,7 @@ import pytest
 from tests.bench.train_step.__main__ import AIMS, run
 from tests.bench.train_step.contenders import CONTENDERS, Outcome
 from tests.bench.train_step.workload import Case, build_model
+from tests.forks import environ
 
 CASE = Case(
     vocabulary=300, layout="prompt-heavy", batch_size=2, length=16, steps=1, width=32, layers=1, threads=1
@@ -16,9 +17,10 @@ CASE = Case(
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, forks: dict[str, str]) -> dict[str, Outcome]:
     model = build_model(CASE, tmp_path_factory.mktemp("bench") / "model")
-    return {name: run(name, Path(model), CASE) for name in CONTENDERS}
+    with environ(forks):
+        return {name: run(name, Path(model), CASE) for name in CONTENDERS}
 
 
 def test_contenders_see_the_same_losses(outcomes: dict[str, Outcome]) -> None:

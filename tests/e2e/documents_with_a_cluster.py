@@ -12,6 +12,8 @@ import pytest
 
 from tests.e2e.test_documents import ROOT, run_blocks
 
+IMPORTING = {"PYTHONPATH": str(ROOT)}  # every command is a process as it is for users
+
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", ["README.md", "modeseek_ray/GUIDE.md"])
@@ -19,5 +21,5 @@ def test_every_command_works(page: str, service: Any, playground_moe: Path, tmp_
     built = service.home / "playground"
     if not built.exists():
         built.symlink_to(playground_moe.parent)
-    run_blocks(ROOT / page, service.home, service.url, tmp_path, trained=True)
+    run_blocks(ROOT / page, service.home, service.url, tmp_path, IMPORTING, trained=True)
     assert (tmp_path / "comparison.html").stat().st_size > 10_000

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from modeseek_ray.client import Client
 from modeseek_ray.playground import data_files
+from tests.conftest import head_of
 from tests.e2e.conftest import Service
 
 QUESTION = "Sort these letters: d b a c"
@@ -122,12 +123,12 @@ def weights(model: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_checkpoint_of_two_zero_ranks_answers_as_the_finished_model(
-    service: Service, playground_moe: Path, modeseek_home: Path
+    service: Service, playground_moe: Path, modeseek_home: Path, tmp_path: Path
 ) -> None:
     """Its last one: written out by two trainers at ZeRO-3, it has the bits of the job's own export."""
     training = {"epochs": 1, "batch_size": 16, "max_steps": 2, "checkpoint_every": 1, "learning_rate": 1e-3}
     with Client(service.url) as client:
-        file = client.upload(data_files(modeseek_home)["new-task.train"])["id"]
+        file = client.upload(head_of(data_files(modeseek_home)["new-task.train"], 64, tmp_path))["id"]
         job = client.submit(
             {
                 "model": str(playground_moe),

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +44,18 @@ def test_no_command_of_these_pages_is_left_out() -> None:
         assert shells and all(block.mark in ("run", "run trained") for block in shells), path
 
 
-def run_blocks(path: Path, home: Path, url: str, directory: Path, *, trained: bool) -> None:
-    """Write the files of a page and run its commands, with `trained` those too that want a cluster."""
+def run_blocks(
+    path: Path, home: Path, url: str, directory: Path, forks: Mapping[str, str], *, trained: bool
+) -> None:
+    """Write the files of a page and run its commands, with `trained` those too that want a cluster.
+
+    `forks`: in which environment commands need not import their packages.
+    """
     (directory / "deploy").symlink_to(ROOT / "deploy")  # the commands are typed in the repository
     environment = {
         **os.environ,
         "PATH": f"{_modeseek(directory)}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        **forks,
         "MODESEEK_HOME": str(home),
         "MODESEEK_URL": url,
         "COLUMNS": "160",
@@ -67,13 +72,15 @@ def run_blocks(path: Path, home: Path, url: str, directory: Path, *, trained: bo
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory, playground_moe: Path) -> Iterator[tuple[str, Path]]:
+def api(
+    tmp_path_factory: pytest.TempPathFactory, playground_moe: Path, forks: dict[str, str]
+) -> Iterator[tuple[str, Path]]:
     """A service without a cluster: it answers and checks, and its jobs stay queued."""
     home = tmp_path_factory.mktemp("home")
     (home / "playground").symlink_to(playground_moe.parent)
     port = free_port()
     command = [sys.executable, "-m", "modeseek_ray.service", "--home", str(home), "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **forks})
     try:
         with Client(f"http://127.0.0.1:{port}") as client:
             deadline = time.monotonic() + 120
@@ -89,9 +96,11 @@ def api(tmp_path_factory: pytest.TempPathFactory, playground_moe: Path) -> Itera
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
-def test_every_command_works_that_wants_no_cluster(path: Path, api: tuple[str, Path], tmp_path: Path) -> None:
+def test_every_command_works_that_wants_no_cluster(
+    path: Path, api: tuple[str, Path], tmp_path: Path, forks: dict[str, str]
+) -> None:
     url, home = api
-    run_blocks(path, home, url, tmp_path, trained=False)
+    run_blocks(path, home, url, tmp_path, forks, trained=False)
     if path.stem == "OPERATING":
         assert (tmp_path / "restored" / "store.sqlite3").stat().st_size > 10_000
 

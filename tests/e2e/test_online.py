@@ -13,6 +13,7 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 
 from modeseek_ray.playground import data_files
+from tests.conftest import head_of
 
 JOB_DEADLINE_S = 600
 GRADER = {
@@ -43,9 +44,7 @@ def wait(client: openai.OpenAI, job_id: str) -> FineTuningJob:
 def test_reinforcement_and_then_another_weighting_of_its_samples(
     client: openai.OpenAI, playground_moe: Path, modeseek_home: Path, tmp_path: Path
 ) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    lines = data_files(modeseek_home)["new-task.prompts"].read_text().splitlines()[:16]
-    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    prompts = head_of(data_files(modeseek_home)["new-task.prompts"], 16, tmp_path)
     file = client.files.create(file=prompts, purpose="fine-tune")
     job = client.fine_tuning.jobs.create(
         model=str(playground_moe),

@@ -15,6 +15,7 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 
 from modeseek_ray.playground import data_files
+from tests.conftest import head_of
 
 STEPS = 6
 JOB_DEADLINE_S = 600
@@ -26,15 +27,18 @@ def client(service: Any) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def files(client: openai.OpenAI, modeseek_home: Path) -> dict[str, str]:
-    paths = data_files(modeseek_home)
+def files(
+    client: openai.OpenAI, modeseek_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    paths, directory = data_files(modeseek_home), tmp_path_factory.mktemp("files")
     wanted = {
-        "training": "new-task.train",
-        "validation": "new-task.valid",
-        "retention": "old-tasks.retention",
+        "training": ("new-task.train", 128),
+        "validation": ("new-task.valid", 16),
+        "retention": ("old-tasks.retention", 24),
     }
     return {
-        role: client.files.create(file=paths[name], purpose="fine-tune").id for role, name in wanted.items()
+        role: client.files.create(file=head_of(paths[name], rows, directory), purpose="fine-tune").id
+        for role, (name, rows) in wanted.items()
     }
 
 

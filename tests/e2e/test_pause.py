@@ -13,8 +13,10 @@ import psutil
 import pytest
 
 from modeseek_ray.playground import data_files
+from tests.conftest import head_of
+from tests.faults.jobs import online
 
-OFFLINE_STEPS, ROUNDS = 60, 80
+OFFLINE_STEPS, ROUNDS = 36, 16
 WORKERS = ("ray::TrainerRank", "ray::GeneratorEngine", "ray::ReferenceModel")
 
 
@@ -33,7 +35,7 @@ def test_a_paused_job_frees_its_workers_and_resumes_exactly(
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = client_model(service, tiny_moe)
     file = client.files.create(file=data, purpose="fine-tune").id
-    training = {"epochs": 10, "batch_size": 16, "learning_rate": 1e-3, "checkpoint_every": 1000}
+    training = {"epochs": 6, "batch_size": 16, "learning_rate": 1e-3, "checkpoint_every": 1000}
     method: Any = {"type": "weighted", "weighted": {"preset": "mode_seeking", "training": training}}
 
     def submit() -> str:
@@ -47,22 +49,10 @@ def test_a_paused_online_job_frees_its_engine_too_and_resumes_exactly(
     service: Any, client: openai.OpenAI, playground_dense: Path, modeseek_home: Path, tmp_path: Path
 ) -> None:
     """Float32, staleness 0: what the new engine writes is what the old one would have written."""
-    prompts = tmp_path / "prompts.jsonl"
-    lines = data_files(modeseek_home)["new-task.prompts"].read_text().splitlines()[:16]
-    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    prompts = head_of(data_files(modeseek_home)["new-task.prompts"], 16, tmp_path)
     file = client.files.create(file=prompts, purpose="fine-tune").id
-    online = {
-        "reward": {"scheme": "exponential", "beta": 0.5, "scope": "group"},
-        "grader": {
-            "type": "string_check",
-            "input": "{{ sample.output_text }}",
-            "reference": "{{ item.reference }}",
-            "operation": "eq",
-        },
-        "rollout": {"samples_per_prompt": 4, "prompts_per_round": 4, "max_tokens": 8, "ties": "keep"},
-        "training": {"epochs": 20, "max_steps": ROUNDS, "learning_rate": 1e-4, "checkpoint_every": 1000},
-    }
-    method: Any = {"type": "online", "online": online}
+    training = {"epochs": 20, "max_steps": ROUNDS, "learning_rate": 1e-4, "checkpoint_every": 1000}
+    method: Any = online(training)
 
     def submit() -> str:
         jobs = client.fine_tuning.jobs
@@ -84,7 +74,7 @@ def paused_and_whole(
     until(client, paused, lambda job: job.status == "paused")
     step = jobs.checkpoints.list(paused).data[0].step_number
     assert 2 <= step < steps
-    _, alive = psutil.wait_procs(workers, timeout=5)
+    _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive and not drivers_of(service, paused)
     until(client, whole, lambda job: job.status == "succeeded")  # its workers were free for this one
     assert jobs.retrieve(paused).status == "paused"
@@ -129,7 +119,7 @@ def workers_of_the_running_job(service: Any) -> dict[psutil.Process, str]:
 
 def drivers_of(service: Any, job_id: str) -> list[str]:
     """The job's driver, after the moment it takes to end."""
-    for _ in range(50):
+    for _ in range(300):
         commands = [_command(process) for process in service.family()]
         found = [command for command in commands if f"drive --job {job_id}" in command]
         if not found:

@@ -10,7 +10,10 @@ import pytest
 
 from modeseek_ray.client import Client
 from modeseek_ray.playground import data_files
+from tests.conftest import head_of
 from tests.e2e.conftest import RunningService
+
+STEPS = 40
 
 
 def _processes_of(home: Path) -> list[str]:
@@ -28,11 +31,14 @@ def _processes_of(home: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_an_interrupted_service_ends_everything_and_goes_on_when_started_again(
-    tmp_path: Path, playground_moe: Path, modeseek_home: Path
+    tmp_path: Path, playground_moe: Path, modeseek_home: Path, forks: dict[str, str]
 ) -> None:
-    training = {"epochs": 1, "batch_size": 16, "max_steps": 40, "checkpoint_every": 5}
-    with RunningService(tmp_path, root=playground_moe.parents[1]) as service, Client(service.url) as client:
-        file = client.upload(data_files(modeseek_home)["new-task.train"])["id"]
+    """What is interrupted are processes as they are for users; those that go on are forks."""
+    training = {"epochs": 1, "batch_size": 16, "max_steps": STEPS, "checkpoint_every": 4}
+    root = playground_moe.parents[1]
+    with RunningService(tmp_path, root=root) as service, Client(service.url) as client:
+        rows = head_of(data_files(modeseek_home)["new-task.train"], 16 * STEPS, tmp_path)
+        file = client.upload(rows)["id"]
         method = {"type": "supervised", "supervised": {"training": training}}
         job = client.submit({"model": str(playground_moe), "training_file": file, "method": method})["id"]
         while not client.checkpoints(job):
@@ -40,9 +46,10 @@ def test_an_interrupted_service_ends_everything_and_goes_on_when_started_again(
             time.sleep(0.2)
         assert _processes_of(tmp_path)
     assert _processes_of(tmp_path) == []
-    with RunningService(tmp_path, root=playground_moe.parents[1]) as service, Client(service.url) as client:
+    with RunningService(tmp_path, root=root, environment=forks) as service, Client(service.url) as client:
         ended = client.wait(job, timeout_s=400)
         steps = [e["data"]["step"] for e in client.events(job) if "loss" in (e["data"] or {})]
     assert ended["status"] == "succeeded"
     # At most `checkpoint_every` steps were trained twice.
-    assert sorted(set(steps)) == list(range(1, 41)) and len(steps) <= 40 + training["checkpoint_every"]
+    assert sorted(set(steps)) == list(range(1, STEPS + 1))
+    assert len(steps) <= STEPS + training["checkpoint_every"]

@@ -11,11 +11,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tests.faults import history, jobs
 from tests.faults.cells import Cell, Kind
 from tests.faults.history import ClientLog, Trained
 from tests.faults.volumes import MIB, Relief, Volumes
+from tests.forks import HOOKS, ROOT, environ, zygote
 
 LEASE_S = 12
 # Long for a small job, short for who waits for a stopped one.
@@ -38,8 +38,6 @@ CELL_DEADLINE_S = 240
 CANCEL_DEADLINE_S = 60
 STORE_BYTES = 64 * MIB
 CHECKPOINT_BYTES = 16 * MIB  # of a cell in which they fill their volume
-HOOKS = Path(__file__).parent / "hooks"
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,7 @@ class Laboratory:
         self._volumes.mount(self._home, STORE_BYTES)
         self._stack.enter_context(environ(environment))
         if self._forks:
-            socket = self._directory / "zygote"
-            self._stack.enter_context(zygote(socket))
-            self._stack.enter_context(environ({"MODESEEK_FAULT_ZYGOTE": str(socket)}))
+            self._stack.enter_context(environ(self._stack.enter_context(zygote())))
         options = ["--lease", str(LEASE_S)]
         for section, seconds in DEADLINES_S.items():
             options += ["--deadline", f"{section}={seconds}"]
@@ -322,31 +318,3 @@ def _weights_sha256(results: Path) -> str:
 
 def _is_progress(event: history.Event) -> bool:
     return "loss" in event.data or "step" in event.data or event.state in history.ENDS
-
-
-@contextmanager
-def zygote(socket: Path) -> Iterator[None]:
-    """The process that others are forks of, ready."""
-    command = [sys.executable, str(HOOKS / "zygote.py"), str(socket)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        yield
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-@contextmanager
-def environ(changes: Mapping[str, str]) -> Iterator[None]:
-    """These variables for processes that are started within the block."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.cells import CELLS, OFFLINE, Cell, columns, pairwise
-from tests.faults.laboratory import HOOKS, ROOT, Laboratory, environ
+from tests.faults.laboratory import Laboratory
+from tests.forks import HOOKS, ROOT, environ
 
 # Online jobs wait for vLLM, which the zygote cannot fork: those are left to `make faults`.
 IN_TESTS = pairwise(OFFLINE)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +18,34 @@ from tests.gpu.workload import Case
 ROOT = Path(__file__).parents[2]
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+def python(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tests.gpu", *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": ""},
         timeout=600,
     )
 
 
 def test_without_a_card_it_says_so() -> None:
-    done = python()
+    done = python({"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
-def at_toy_size(out: Path, *parts: str) -> dict[str, Any]:
+def at_toy_size(forks: Mapping[str, str], out: Path, *parts: str) -> dict[str, Any]:
     """The engine's part is left out: tests/actors/test_generator.py starts such an engine and is enough."""
     out = out / "figures.json"
-    done = python("--device", "cpu", "--tiny", "--no-engine", "--json", str(out), "--only", *parts)
+    done = python(forks, "--device", "cpu", "--tiny", "--no-engine", "--json", str(out), "--only", *parts)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     figures: dict[str, Any] = json.loads(out.read_text())
     return figures
 
 
 @pytest.mark.slow
-def test_the_same_code_runs_at_toy_size(tmp_path: Path) -> None:
-    figures = at_toy_size(tmp_path, "kernel", "precision", "step", "replay", "scorer")
+def test_the_same_code_runs_at_toy_size(tmp_path: Path, forks: dict[str, str]) -> None:
+    figures = at_toy_size(forks, tmp_path, "kernel", "precision", "step", "replay", "scorer")
     assert figures["log-probability kernel"]["max_abs_error_nats"] < 1e-4
     assert figures["bfloat16 against float64"]["head_max_nats"] < 1e-4
     replayed = figures["routing replay, families"]
@@ -57,8 +58,8 @@ def test_the_same_code_runs_at_toy_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_trainer_s_parts_run_at_toy_size(tmp_path: Path) -> None:
-    figures = at_toy_size(tmp_path, "agreement", "pace", "estimate")
+def test_the_trainer_s_parts_run_at_toy_size(tmp_path: Path, forks: dict[str, str]) -> None:
+    figures = at_toy_size(forks, tmp_path, "agreement", "pace", "estimate")
     assert figures["trainer against the CPU, float32, ZeRO 2"]["losses_off_relative"] < 1e-5
     assert figures["trainer's pace, bfloat16, ZeRO 2"]["weighted_over_sft"] > 0
     assert figures["plan, ZeRO 2"]["planned_step_s"] > 0

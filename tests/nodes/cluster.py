@@ -64,8 +64,14 @@ class Nodes:
         prefixes: Sequence[Sequence[str]] | None = None,
         addresses: Sequence[str] = (),
         dashboard: bool = False,
+        forks: Mapping[str, str] | None = None,
     ) -> None:
-        """`prefixes`: what is put before each node's command, such as `ip netns exec NAME`."""
+        """`prefixes`: what is put before each node's command, such as `ip netns exec NAME`.
+
+        `forks`: the environment in which workers are forks (`tests/forks.py`); of nodes on loopback only, since
+        a fork is in its zygote's namespace.
+        """
+        self._forks = forks or {}
         third = 10 + secrets.randbelow(240)  # two clusters of two test runs do not meet
         self.addresses = list(addresses) or [f"127.77.{third}.{i + 1}" for i in range(len(cpus))]
         self.prefixes = [list(prefix) for prefix in prefixes or [()] * len(cpus)]
@@ -96,7 +102,7 @@ class Nodes:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "PYTHONPATH": str(ROOT),
         }
-        return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, **ours}
+        return {**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, **ours, **self._forks}
 
     def __enter__(self) -> Nodes:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from tests.nodes.cluster import Nodes
 
 
-def compare(model: Path, directory: Path, *options: str) -> None:
-    with Nodes(directory, cpus=(2, 1, 1)) as cluster:
+def compare(model: Path, directory: Path, *options: str, forks: Mapping[str, str] | None = None) -> None:
+    with Nodes(directory, cpus=(2, 1, 1), forks=forks) as cluster:
         command = [sys.executable, "-m", "tests.nodes.loss_curves", str(model), str(directory), *options]
         found = json.loads(cluster.run(command).stdout.splitlines()[-1])
     assert len(set(found["pack"]["nodes"])) == 1

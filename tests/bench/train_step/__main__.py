@@ -42,7 +42,7 @@ def run(name: str, model: Path, case: Case) -> Outcome:
         **inherited,
         "OMP_NUM_THREADS": str(case.threads),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
     }
     command = [sys.executable, "-m", "tests.bench.train_step.contenders", name, str(model)]
     result = subprocess.run(

@@ -32,6 +32,17 @@ def targets(seed: int = 1) -> Tensor:
     return torch.randint(V, (M,), generator=torch.Generator().manual_seed(seed))
 
 
+def by_full_logits(
+    upstream_M: Tensor, temperature: float, *parts: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """In float64: hidden states, weight and bias with the gradients of `upstream_M`, logits, log-probabilities."""
+    exact = as_float64(*parts)
+    logits_MV = (exact[0] @ exact[1].t() + exact[2]) / temperature
+    log_prob_M = -F.cross_entropy(logits_MV, targets(), reduction="none")
+    (log_prob_M * upstream_M).sum().backward()
+    return exact, logits_MV, log_prob_M
+
+
 @pytest.mark.parametrize("chunk_positions", [1, 8, M, None])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_and_gradients_are_those_of_the_full_logits(
@@ -44,11 +55,7 @@ def test_log_probs_and_gradients_are_those_of_the_full_logits(
     )
     (scores.log_prob_M * upstream_M).sum().backward()
 
-    exact = as_float64(hidden, weight, bias)
-    logits = (exact[0] @ exact[1].t() + exact[2]) / temperature
-    expected_M = -F.cross_entropy(logits, targets(), reduction="none")
-    (expected_M * upstream_M).sum().backward()
-
+    exact, logits, expected_M = by_full_logits(upstream_M, temperature, hidden, weight, bias)
     torch.testing.assert_close(scores.log_prob_M.double(), expected_M, rtol=0, atol=1e-5)
     for ours, reference in zip((hidden, weight, bias), exact, strict=True):
         torch.testing.assert_close(ours.grad.double(), reference.grad, rtol=1e-5, atol=2e-5)
@@ -66,11 +73,7 @@ def test_bfloat16_products_in_matrix_units_lose_nothing(
     scores = token_scores(hidden, weight, targets(), bias_V=bias, temperature=temperature, chunk_positions=8)
     (scores.log_prob_M * upstream_M).sum().backward()
 
-    exact = as_float64(hidden, weight, bias)
-    logits = (exact[0] @ exact[1].t() + exact[2]) / temperature
-    expected_M = -F.cross_entropy(logits, targets(), reduction="none")
-    (expected_M * upstream_M).sum().backward()
-
+    exact, _, expected_M = by_full_logits(upstream_M, temperature, hidden, weight, bias)
     torch.testing.assert_close(scores.log_prob_M.double(), expected_M, rtol=0, atol=1e-5)
     for ours, reference in zip((hidden, weight, bias), exact, strict=True):
         # One rounding to bfloat16 at the very end: 2^-8 relative.

@@ -29,7 +29,11 @@ def process() -> Iterator[MathProcess]:
 @pytest.fixture
 def grader(process: MathProcess) -> MathGrader:
     """With the module's one process: starting one takes a second."""
-    grader = MathGrader(MathAnswer(reference="{{ item.reference }}", timeout_s=1.0), processes=1)
+    return grader_with(process, timeout_s=60.0)
+
+
+def grader_with(process: MathProcess, timeout_s: float) -> MathGrader:
+    grader = MathGrader(MathAnswer(reference="{{ item.reference }}", timeout_s=timeout_s), processes=1)
     grader._processes = [process]
     return grader
 
@@ -65,7 +69,8 @@ async def test_equal_is_what_mathematics_calls_equal(
     assert await grader.grade([item(text, reference)]) == [Grade(expected)]
 
 
-async def test_one_bad_sample_spoils_no_other(grader: MathGrader) -> None:
+async def test_one_bad_sample_spoils_no_other(process: MathProcess) -> None:
+    grader = grader_with(process, timeout_s=3.0)  # one comparison takes as long as it may
     good = item("42", "42")
     odd = [item("1", "?!"), item("1", None), item(ENDLESS, "7"), item("\ud800", "7"), item("$" * 5000, "7")]
     found = await grader.grade([good, *odd, good])
@@ -73,7 +78,7 @@ async def test_one_bad_sample_spoils_no_other(grader: MathGrader) -> None:
     assert [grade.error for grade in found[1:4]] == [
         "the reference '?!' cannot be read as mathematics",
         "item.reference: there is no 'reference'",
-        "the comparison took more than 1 s",
+        "the comparison took more than 3 s",
     ]
     assert found[4] == Grade(0.0)
     assert found[5] == Grade(0.0)
@@ -90,13 +95,13 @@ async def test_samples_are_shared_out_and_come_back_in_order() -> None:
 
 
 def test_a_process_that_is_killed_is_one_sample_s_error(process: MathProcess) -> None:
-    request = {"text": "1", "reference": "1", "float_rounding": 6, "strict": True, "timeout_s": 5.0}
-    assert process.ask(request, timeout_s=5.0)
+    request = {"text": "1", "reference": "1", "float_rounding": 6, "strict": True, "timeout_s": 60.0}
+    assert process.ask(request, timeout_s=60.0)
     assert process._process is not None
     os.kill(process._process.pid, signal.SIGKILL)
     with pytest.raises(SampleError, match="ended its process"):
-        process.ask(request, timeout_s=5.0)
-    assert process.ask(request, timeout_s=5.0)
+        process.ask(request, timeout_s=60.0)
+    assert process.ask(request, timeout_s=60.0)
 
 
 def test_no_comparison_outlives_the_one_who_asked() -> None:

@@ -83,7 +83,7 @@ class Running:
     def http(self, **options: Any) -> httpx.Client:
         """Every refusal it sees must name a code that the README explains."""
         hooks = {"response": [assert_explained]}
-        return httpx.Client(base_url=self.url, trust_env=False, timeout=20, event_hooks=hooks, **options)
+        return httpx.Client(base_url=self.url, trust_env=False, timeout=60, event_hooks=hooks, **options)
 
     def openai(self, api_key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0)
@@ -232,7 +232,7 @@ def serving(
             yield Running(url, home, store, launcher, validator, model, reconciler, app)
         finally:
             server.should_exit = True
-            thread.join(timeout=20)
+            thread.join(timeout=60)
             store.close()
     assert not thread.is_alive()
 

@@ -140,7 +140,7 @@ def test_a_small_parquet_file_that_unpacks_to_much_is_not_read_while_somebody_wa
 def raw(service: Any, head: str) -> tuple[bytes, int]:
     """Send only a request's head; the answer, and how many bytes of body had been sent by then: none."""
     address = urlsplit(service.url)
-    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
         connection.sendall(head.replace("\n", "\r\n").encode())
         answer = connection.recv(65536)
         while chunk := connection.recv(65536):  # until the service closes

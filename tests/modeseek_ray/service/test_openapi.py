@@ -96,7 +96,7 @@ def exercise(operation: Any, mode: GenerationMode, known: dict[str, str]) -> set
             case.path_parameters = {name: known.get(name, value) for name, value in names.items()}
         if operation.path.endswith("/events"):
             case.query = {**(case.query or {}), "stream": "false"}  # a stream has no end
-        response = case.call(timeout=20)
+        response = case.call(timeout=60)
         statuses.add(response.status_code)
         case.validate_response(response, checks=CHECKS)
 

@@ -28,7 +28,7 @@ NODE = compute_driver_executable()[0]  # a Node comes with Playwright: always th
 def run_node(script: str) -> subprocess.CompletedProcess[str]:
     """Run a module that may import the page's own."""
     command = [NODE, "--input-type=module", "--eval", script]
-    return subprocess.run(command, cwd=WEB / "js", capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, cwd=WEB / "js", capture_output=True, text=True, timeout=120)
 
 
 def test_the_page_and_every_file_of_it_are_served(service: Any) -> None:
@@ -84,7 +84,7 @@ def test_what_a_file_refers_to_is_there(path: Path) -> None:
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_can_be_parsed(path: Path) -> None:
     command = [NODE, "--input-type=module", "--check"]
-    done = subprocess.run(command, input=path.read_text(), capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, input=path.read_text(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 

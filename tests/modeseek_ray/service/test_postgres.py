@@ -41,7 +41,7 @@ def test_two_services_make_one_job_per_key_start_it_once_and_stream_each_others_
             first.cancel(job_id)
         for job_id in ids.values():
             assert first.wait(job_id, timeout_s=30, poll_s=0.05)["status"] == "cancelled"
-        follower.join(timeout=30)
+        follower.join(timeout=60)
         assert not follower.is_alive()
         assert streamed == [event["id"] for event in first.events(watched)]
     launched = [set(service.launcher.statuses) for service in pair]

@@ -128,13 +128,13 @@ def test_a_key_in_flight_is_409_and_then_answers_with_the_one_job(
 
     def slow(*arguments: Any) -> Any:
         entered.set()
-        assert release.wait(20)
+        assert release.wait(60)
         return check(*arguments)
 
     monkeypatch.setattr(jobs, "check", slow)
     with ThreadPoolExecutor(1) as pool, service.http() as http:
         first = pool.submit(http.post, "/v1/fine_tuning/jobs", json=body, headers=headers)
-        assert entered.wait(20)
+        assert entered.wait(60)
         with service.http() as other:
             second = other.post("/v1/fine_tuning/jobs", json=body, headers=headers)
         assert (second.status_code, second.json()["error"]["code"]) == (409, "idempotency_key_in_flight")

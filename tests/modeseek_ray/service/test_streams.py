@@ -61,7 +61,7 @@ def test_a_stream_shows_what_happens_as_it_happens_and_ends_with_the_job(service
         await driver.close()
 
     asyncio.run(drive())
-    reader.join(timeout=10)
+    reader.join(timeout=60)
     assert not reader.is_alive()
     stored = [event.id for event in service.store.jobs.events_after(job_id, 0)]
     assert [event["id"] for event in seen] == stored

@@ -6,9 +6,10 @@ a Ray worker or a `modeseek` command into a stand-in that asks the zygote for a 
 arguments, environment, directory and open files, passes signals on and ends as the fork ends. All else
 is as it is without: the fork runs the same script, under Ray, over the same sockets.
 
-    python zygote.py SOCKET       prints "ready"
+    python zygote.py SOCKET [--engines]       prints "ready"; --engines: vLLM, too
 
-vLLM is not among them: it imports Ray, which reads its configuration once, when it is imported.
+Ray is not among them: it reads its configuration once, when it is imported. vLLM asks for Ray and does
+without, so it is imported as if there were none.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import socket
 import struct
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 PRELOADED = [
@@ -50,6 +52,7 @@ PRELOADED = [
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "uvicorn",
 ]
+ENGINES = ["vllm.entrypoints.llm", "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker"]
 
 
 _READ_LATE = {"RAY_JOB_STOP_WAIT_TIME_S"}  # settings of Ray that are looked up when they are needed
@@ -104,7 +107,9 @@ class Zygote:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(path)
         self._listener.listen(64)
+        self._path = path
         self._forks: dict[int, socket.socket] = {}
+        self._stand_ins: dict[int, int] = {}  # fork -> who stands for it
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._woken, self._wake = socket.socketpair()
@@ -137,8 +142,15 @@ class Zygote:
         for fd in fds:
             os.close(fd)
         self._forks[pid] = channel
+        credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        self._stand_ins[pid] = struct.unpack("3i", credentials)[0]
+        self._said_of(pid).write_text(str(pid))
         self._selector.register(channel, selectors.EVENT_READ, pid)
         channel.sendall(struct.pack("!I", pid))
+
+    def _said_of(self, pid: int) -> Path:
+        """Where `tests/forks.py` looks for the fork behind a stand-in."""
+        return Path(f"{self._path}.{self._stand_ins[pid]}")
 
     def _gone(self, pid: int) -> None:
         channel = self._forks.get(pid)
@@ -162,6 +174,7 @@ class Zygote:
             channel = self._forks.pop(pid, None)
             if channel is None:
                 continue
+            self._said_of(pid).unlink(missing_ok=True)
             with suppress(KeyError, OSError):  # its stand-in may have gone first
                 channel.sendall(struct.pack("!i", os.waitstatus_to_exitcode(status)))
                 self._selector.unregister(channel)
@@ -190,6 +203,10 @@ class Zygote:
             os.environ.clear()
             os.environ.update(request["env"])
             os.chdir(request["cwd"])
+            for stream in (sys.stdout, sys.stderr):
+                stream.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+            if threads := request["env"].get("OMP_NUM_THREADS"):  # read when torch was imported
+                sys.modules["torch"].set_num_threads(int(threads))
             status = _run(request["argv"])
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
@@ -243,14 +260,26 @@ def _finish(status: int) -> None:
         os._exit(status)
 
 
-def main() -> None:
-    import gc
-
-    for name in PRELOADED:
+def _preload(names: list[str]) -> None:
+    """What packages print while they are imported does not belong on our output."""
+    output = os.dup(1)
+    os.dup2(2, 1)
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"  # as `actors.vllm_engine` has it; read at import
+    sys.modules["ray"] = None  # type: ignore[assignment]
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError as error:
             print(f"not preloaded: {name}: {error}", file=sys.stderr)
+    del sys.modules["ray"]
+    os.dup2(output, 1)
+    os.close(output)
+
+
+def main() -> None:
+    import gc
+
+    _preload(PRELOADED + (ENGINES if "--engines" in sys.argv[2:] else []))
     if "ray._raylet" in sys.modules:
         raise RuntimeError("something of the zygote's has imported Ray")
     zygote = Zygote(sys.argv[1])

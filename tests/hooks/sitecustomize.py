@@ -7,8 +7,9 @@ modules are imported; at each call the file is read, and what it asks for is don
     {"point": "rank.step", "when": "before", "nth": 3, "rank": 1, "action": "SIGKILL"}
 
 `nth` counts the calls of one process. That the fault has happened is written beside the plan (`.fired`)
-before anything is done, so that the next attempt meets none. Where `MODESEEK_FAULT_ZYGOTE` names a socket,
-Ray's workers and `modeseek` commands are forks of the zygote (`zygote.py`), which has imported their packages.
+before anything is done, so that the next attempt meets none. Where `MODESEEK_TEST_ZYGOTE` names a socket,
+Ray's workers, `modeseek` commands and modules of the tests are forks of the zygote (`zygote.py`), which has
+imported their packages.
 """
 
 from __future__ import annotations
@@ -189,14 +190,14 @@ if _PLAN:
     sys.meta_path.insert(0, _Finder())
 
 
-_ZYGOTE = os.environ.get("MODESEEK_FAULT_ZYGOTE")
-_FORKED = {"setup_worker.py", "default_worker.py", "actors.main"}
+_ZYGOTE = os.environ.get("MODESEEK_TEST_ZYGOTE")
+_FORKED = ("setup_worker.py", "default_worker.py", "actors.main", "tests.")
 
 
 def _is_forked(argv: list[str]) -> bool:
-    """Whether the zygote can run this: Ray's workers and `modeseek` commands."""
+    """Whether the zygote can run this: Ray's workers, `modeseek` commands, modules of the tests."""
     script = next((argument for argument in argv[1:] if not argument.startswith("-")), "")
-    return Path(script).name in _FORKED
+    return Path(script).name.startswith(_FORKED)
 
 
 if _ZYGOTE and _is_forked(sys.orig_argv):
