@@ -14,7 +14,6 @@ from actors import ray_head
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_head_beside_another_ray_runs_jobs_is_adopted_and_ends(
     ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,6 @@ def api(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_every_command_works_that_wants_no_cluster(
     path: Path, api: tuple[str, Path], tmp_path: Path, forks: dict[str, str]

@@ -28,7 +28,6 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory, tiny_dense: Path) -> It
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("cell", IN_TESTS, ids=str)
 def test_a_fault_changes_neither_weights_nor_history(laboratory: Laboratory, cell: Cell) -> None:
     assert laboratory.calm(cell.kind).problems == []
