@@ -310,7 +310,8 @@ class Attempt:
         )
         off = largest_difference(exported, found_N, self._config.resources.dtype)
         await self._journal.message(
-            f"Export checked: within {off:.1e} nats per token.", export_error_nats=off
+            f"Export checked: loaded again, its log-probabilities are the trainer's to {off:.1e} nats per token.",
+            export_error_nats=off,
         )
 
     def _report(self) -> Path:

@@ -37,16 +37,16 @@ def job_list(jobs: Sequence[Mapping[str, Any]]) -> RenderableType:
     """One line a job, newest first as the service lists them."""
     if not jobs:
         return Text("No jobs yet. Submit one with: modeseek submit job.yaml", style="dim")
-    table = _table("job", "status", "method", "model", "step", "created", "fine-tuned model")
+    table = _table("job", "name", "status", "method", "step", "created")
+    table.columns[0].min_width = max(len(job["id"]) for job in jobs)  # whole on one line: it is copied
     for job in jobs:
         table.add_row(
             escape(job["id"]),
+            escape(job.get("suffix") or (job.get("metadata") or {}).get("name") or "–"),
             _status(job["status"]),
             escape((job.get("method") or {}).get("type", "supervised")),
-            escape(str(job.get("model", ""))),
             _steps(job.get("progress") or {}),
             clock(job.get("created_at")),
-            escape(job.get("fine_tuned_model") or "–"),
         )
     return table
 
@@ -73,9 +73,8 @@ def job_details(job: Mapping[str, Any]) -> RenderableType:
         )
     if job.get("trained_tokens") is not None:
         rows.append(("trained tokens", f"{job['trained_tokens']:,}"))
-    for label, key in (("training file", "training_file"), ("retention file", "retention_file")):
-        if job.get(key):
-            rows.append((label, escape(str(job[key]))))
+    roles = [role for role in ("training", "validation", "retention", "replay") if job.get(f"{role}_file")]
+    rows += [(f"{role} file", escape(str(job[f"{role}_file"]))) for role in roles]
     if job.get("result_files"):
         rows.append(("result files", escape(", ".join(map(str, job["result_files"])))))
     error = job.get("error") or {}
@@ -91,13 +90,15 @@ def checkpoint_list(checkpoints: Sequence[Mapping[str, Any]]) -> RenderableType:
     """One line a checkpoint with the figures that decide which one to take."""
     if not checkpoints:
         return Text("No checkpoints yet.", style="dim")
-    table = _table("checkpoint", "step", *(label for label, _ in CHECKPOINT_METRICS), "created")
+    known = {name for checkpoint in checkpoints for name in checkpoint.get("metrics") or {}}
+    shown = [(label, names) for label, names in CHECKPOINT_METRICS if known.intersection(names)]
+    table = _table("checkpoint", "step", *(label for label, _ in shown), "created")
     for checkpoint in checkpoints:
         metrics = checkpoint.get("metrics") or {}
         table.add_row(
             escape(checkpoint.get("fine_tuned_model_checkpoint") or checkpoint["id"]),
             str(checkpoint.get("step_number", "–")),
-            *(number(_first_of(metrics, names)) for _, names in CHECKPOINT_METRICS),
+            *(number(_first_of(metrics, names)) for _, names in shown),
             clock(checkpoint.get("created_at")),
         )
     return table

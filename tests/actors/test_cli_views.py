@@ -111,6 +111,8 @@ JOB = {
 def test_job_list_and_details() -> None:
     listed = printed(tables.job_list([JOB]))
     assert all(piece in listed for piece in ("ftjob-1", "failed", "weighted", "7/40"))
+    long = "ftjob-" + "x" * 24
+    assert long in printed(tables.job_list([{**JOB, "id": long, "suffix": "a-name"}]), width=80)
     assert "modeseek submit" in printed(tables.job_list([]))
     details = printed(tables.job_details(JOB))
     assert all(
@@ -126,8 +128,10 @@ def test_checkpoints() -> None:
         "created_at": 1_700_000_000,
         "metrics": {"train_loss": 1.25, "retention.accuracy": 0.875},
     }
-    shown = printed(tables.checkpoint_list([checkpoint]))
+    other = {**checkpoint, "metrics": {"train_loss": 1.5}}
+    shown = printed(tables.checkpoint_list([checkpoint, other]))
     assert all(piece in shown for piece in ("ft:moe:local::1:step-20", "20", "1.25", "0.875", "–"))
+    assert "ESS/n" not in shown  # no checkpoint has it
 
 
 def summary(name: str, kept: float) -> JobSummary:
