@@ -124,7 +124,7 @@ export class Chart {
     return {
       label: line.label,
       stroke,
-      width: 1.6,
+      width: line.name === this.figure.bold ? 3 : 1.6,
       dash: DASHES[Math.floor(i / NUM_COLORS) % DASHES.length] ?? line.dash,
       spanGaps: true,
       points: { show: sparse ? undefined : false, size: 5 },

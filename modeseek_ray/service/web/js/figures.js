@@ -4,7 +4,7 @@
 const only = (name, label) => ({ pattern: new RegExp(`^${name.replaceAll(".", "\\.")}$`), label: () => label });
 const each = (pattern, label = (match) => match[1].replaceAll("_", " ")) => ({ pattern, label });
 
-/** `band`: healthy values; `range`: fixed y axis; `strip`: a text column drawn under the curves. */
+/** `band`: healthy values; `range`: fixed y axis; `bold`: the column that sums up the others; `strip`: a text column drawn under the curves. */
 export const FIGURES = [
   {
     id: "loss", title: "Loss", unit: "nats per token",
@@ -32,7 +32,7 @@ export const FIGURES = [
     note: "Of all samples of a round, those included that tie. Spread near zero: nothing left to choose between.",
   },
   {
-    id: "retention", title: "Retention, per old task", unit: "share solved", range: [0, 1],
+    id: "retention", title: "Retention, per old task", unit: "share solved", range: [0, 1], bold: "retention.accuracy",
     lines: [only("retention.accuracy", "all old tasks"), each(/^retention\.(.+)\.accuracy$/)],
     note: "Greedy accuracy on what must not be forgotten.",
   },
