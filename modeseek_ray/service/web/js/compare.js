@@ -18,6 +18,7 @@ const COMPARED = { loss: ["loss"], ess: ["ess_ratio"], retention: ["retention.ac
 const FIGURES_COMPARED = FIGURES.filter((figure) => COMPARED[figure.id]).map((figure) => ({
   ...figure,
   strip: undefined,
+  bold: undefined,
   note: figure.strip ? "" : figure.note,
   title: figure.title.replace(", per old task", "").replace(", and what bound it", ""),
   lines: figure.lines.slice(0, COMPARED[figure.id].length),

@@ -22,7 +22,8 @@ export class Gallery {
     addEventListener("beforeprint", this.#print);
   }
 
-  draw() {
+  /** `isOver`: no more figures will come. */
+  draw(isOver = false) {
     const names = [...new Set(this.getSources().flatMap((source) => source.table.names))];
     for (const figure of [...this.figures, ...this.#picked]) {
       const hasLines = linesOf(figure, names).length > 0;
@@ -32,7 +33,7 @@ export class Gallery {
     const key = names.join();
     if (key !== this.#names) this.#offer(names);
     this.#names = key;
-    say(this.missing, this.#whatIsMissing(names));
+    say(this.missing, this.#whatIsMissing(names, isOver));
   }
 
   restyle() {
@@ -81,9 +82,9 @@ export class Gallery {
     this.draw();
   }
 
-  #whatIsMissing(names) {
-    if (!names.length) return "No figures yet: they come with the first evaluation or step.";
+  #whatIsMissing(names, isOver) {
+    if (!names.length) return isOver ? "None: the job ended before its first evaluation or step." : "No figures yet: they come with the first evaluation or step.";
     const titles = this.figures.filter((figure) => !linesOf(figure, names).length).map((figure) => figure.title);
-    return titles.length ? `Not measured by this job, or not yet: ${titles.join("; ")}.` : "";
+    return titles.length ? `Not measured by this job${isOver ? "" : ", or not yet"}: ${titles.join("; ")}.` : "";
   }
 }

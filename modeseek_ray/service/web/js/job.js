@@ -53,9 +53,9 @@ export function jobView(place, jobId) {
     drawConnection();
     drawLog();
     if (feed.rollouts.length) rollouts.draw(feed.rollouts);
-    gallery.draw(job);
+    gallery.draw(hasEnded(job));
     if (before?.state !== job.state) onNewState(job);
-    else if (before.last_checkpoint_step !== job.last_checkpoint_step) checkpoints.load();
+    else if (before.last_checkpoint_step !== job.last_checkpoint_step) checkpoints.load(hasEnded(job));
     before = job;
   }
 
@@ -65,7 +65,7 @@ export function jobView(place, jobId) {
     put(record, ...configurationOf(job), ...downloadsOf(job));
     drawActions(job);
     trial.draw(job.status === "succeeded" ? job.fine_tuned_model : null);
-    checkpoints.load();
+    checkpoints.load(hasEnded(job));
     rows.load(hasEnded(job));
   }
 

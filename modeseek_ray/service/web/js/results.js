@@ -17,10 +17,10 @@ export function checkpointsSection(jobId) {
   const node = h("section", { "aria-labelledby": "checkpoints" }, h("h2", { id: "checkpoints" }, "Checkpoints"), place);
   return { node, load };
 
-  async function load() {
+  async function load(isOver) {
     try {
       const { data } = await get(jobPath(jobId, "/checkpoints?limit=100"));
-      put(place, data.length ? table(data) : absent("None yet."));
+      put(place, data.length ? table(data) : absent(isOver ? "None." : "None yet."));
     } catch (error) {
       put(place, notice(error));
     }
@@ -38,20 +38,25 @@ export function checkpointsSection(jobId) {
 
 export function rowsSection(jobId) {
   const place = h("div", {}, absent("The weights of single rows are written at checkpoints and at the end."));
-  const button = h("button", { type: "button", onclick: () => load(true) }, "Look now");
+  const button = h("button", { type: "button", onclick: () => look(false) }, "Look now");
   const node = h("section", { "aria-labelledby": "rows" },
     h("div.heading", {}, h("h2", { id: "rows" }, "What each row counted"), h("span.stretch"), button), place);
   return { node, load };
 
   /** Only asked for once the job has ended, or by hand: the service reads a whole file for it. */
-  async function load(now) {
-    if (!now) return;
+  async function load(isOver) {
+    button.hidden = isOver;
+    if (isOver) await look(true);
+  }
+
+  async function look(isOver) {
     button.disabled = true;
     try {
       const ledger = await readLedger(jobId);
       put(place, ...(ledger.rows.length ? drawLedger(ledger, place.clientWidth) : [absent("Nothing was weighed yet.")]));
     } catch (error) {
-      put(place, error.code === "weights_not_ready" ? absent(error.message) : notice(error));
+      const none = isOver ? "None: they are written at checkpoints and at the end, and the job came to neither." : error.message;
+      put(place, error.code === "weights_not_ready" ? absent(none) : notice(error));
     }
     button.disabled = false;
   }

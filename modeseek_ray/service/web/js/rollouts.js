@@ -8,7 +8,7 @@ export function rolloutsSection() {
   const select = h("select", { id: "round", onchange: () => show() });
   const place = h("div");
   const node = h("section", { "aria-labelledby": "rollouts", hidden: true },
-    h("div.heading", {}, h("h2", { id: "rollouts" }, "Sampled answers"), h("span.stretch"), h("label", { for: "round" }, "Round"), select), place);
+    h("div.heading", {}, h("h2", { id: "rollouts" }, "Sampled answers"), h("span.stretch"), h("span.round", {}, h("label", { for: "round" }, "Round"), select)), place);
   let events = [];
   let newest = null;
   return { node, draw };

@@ -126,6 +126,9 @@ def test_nothing_is_cut_off_or_too_small_to_read(
     page.goto(f"{service.url}/#/compare/{finished['plain'].id},{finished['anchored'].id}")
     letters = "document.querySelector('figure.scatter text.tick')?.getBoundingClientRect().height"
     page.wait_for_function(f"() => {letters} > 10")  # pixels, however narrow the chart
+    expect(page.get_by_role("img", name=re.compile("^Loss on held-out rows"))).to_be_visible()
+    clipped = "nodes => nodes.filter((node) => node.scrollHeight > node.clientHeight + 1).length"
+    assert page.locator(".u-legend").evaluate_all(clipped) == 0
     page.goto(f"{service.url}/#/submit")
     expect(page.get_by_text("Still to do: training_file.")).to_be_in_viewport()  # at the top of a long form
     expect(page.get_by_role("button", name="Submit the job")).to_be_in_viewport()
@@ -151,7 +154,8 @@ def test_a_failed_job_says_why(service: Any, finished: dict[str, Story], open_pa
     page = open_page(job_url(service, finished["too-hot"]))
     expect(page.get_by_role("alert")).to_contain_text("Lower the learning rate")
     expect(page.get_by_role("alert")).to_contain_text("numerics")
-    expect(page.get_by_role("button", name="Look now")).to_be_visible()
+    expect(page.get_by_text("None: they are written at checkpoints and at the end")).to_be_visible()
+    expect(page.get_by_role("button", name="Look now")).to_have_count(0)  # nothing more will come
 
 
 def test_jobs_are_chosen_and_compared(service: Any, finished: dict[str, Story], open_page: Open) -> None:

@@ -225,6 +225,8 @@ def test_a_failed_job_says_why_and_what_to_do(session: Session, open_page: Open)
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("too_long", timeout=JOB_MS)
     expect(alert).to_contain_text("truncate")  # how to mend it
+    expect(page.get_by_text("None: they are written at checkpoints and at the end")).to_be_visible()
+    expect(page.locator("main").get_by_text(" yet")).to_have_count(0)  # nothing more is to come
 
 
 def test_what_a_finished_job_left(session: Session, open_page: Open) -> None:
