@@ -122,7 +122,7 @@ class ChatTemplate:
         return text, spans if spans is not None else self._locate_prefixes(messages, tools, text)
 
     def _locate_prompts(self, messages: Sequence[Message], text: str) -> list[Span] | None:
-        """The usual case: the generation prompt stands once before each assistant's content, nowhere else."""
+        """The usual case: each answer stands between a generation prompt and its turn's end, no prompt elsewhere."""
         answers = [m.get("content") for m in messages if m["role"] == "assistant"]
         prompt = self._generation_prompt
         if not prompt or text.count(prompt) != len(answers):
@@ -133,6 +133,8 @@ class ChatTemplate:
             if not isinstance(answer, str) or not answer or not text.startswith(answer, start):
                 return None
             end = self._turn_end(text, start + len(answer))
+            if end == start + len(answer):  # the answer "<" also begins a template's own "<think>"
+                return None
             spans.append((start, end))
         return spans
 

@@ -62,6 +62,7 @@ def reference_of(theirs: Any, messages: list[dict[str, str]]) -> tuple[list[int]
 @settings(deadline=None, max_examples=60)
 @given(messages=conversations())
 @example(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+@example(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "<"}])
 def test_tokens_and_masks_are_those_of_transformers(pairs, name, messages):
     plain, marked, theirs = pairs[name]
     ids, trained = reference_of(theirs, messages)
