@@ -16,6 +16,7 @@ from openai.types.fine_tuning import FineTuningJob
 
 from modeseek_ray.playground import data_files
 from tests.conftest import head_of
+from tests.e2e.secrecy import leaks, secrets_of
 
 STEPS = 6
 JOB_DEADLINE_S = 600
@@ -147,6 +148,8 @@ def test_cancel_stops_every_process_of_the_job(
     job = _create(client, playground_moe, files, {"type": "supervised", "supervised": {"training": training}})
     _wait_for_steps(client, job.id)
     assert _workers(service), "a running job has a driver and a trainer"
+    assert len(secrets_of(service.home)) >= 3  # Ray's, the operator's, the attempt's
+    assert leaks(service.home, service.family(), list(client.fine_tuning.jobs.list_events(job.id))) == []
     client.fine_tuning.jobs.cancel(job.id)
     started = time.monotonic()
     while _workers(service) and time.monotonic() - started < 60:
