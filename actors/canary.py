@@ -19,7 +19,7 @@ CANARY_SEQUENCES = 8
 CANARY_TOKENS = 32  # of each, at most
 # After a sync fewer do, because scoring many costs several times what moving the weights does: every weight
 # of a dense model is asked by any token. They are other ones each time.
-SYNC_TOKENS = 32
+SYNC_TOKENS = 16
 SYNC_LENGTH = 16  # of one sequence: few long ones are cheaper than many short ones
 
 
@@ -94,7 +94,7 @@ def tokens_to_reach(num_experts: int) -> int:
     """Tokens of a canary that asks every expert four times if its router chooses two a token, evenly.
 
     >>> tokens_to_reach(0), tokens_to_reach(8), tokens_to_reach(64), tokens_to_reach(512)
-    (32, 32, 128, 256)
+    (16, 16, 128, 256)
     """
     return min(max(SYNC_TOKENS, 2 * num_experts), CANARY_SEQUENCES * CANARY_TOKENS)
 

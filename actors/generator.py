@@ -217,6 +217,13 @@ class GeneratorEngine:
         except Exception as error:
             self._broke(error)
 
+    def install(self, version: int, checksum: str, *chunks: WeightChunk) -> None:
+        """A whole update in one call: `begin_update`, `update` for each chunk, `finish_update`."""
+        self.begin_update()
+        for chunk in chunks:
+            self.update(chunk)
+        self.finish_update(version, checksum)
+
     def begin_update(self) -> None:
         """From here to `finish_update` the model is torn and writes nothing."""
         self._refuse_busy("update")

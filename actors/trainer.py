@@ -127,7 +127,7 @@ class TrainerRank:
         self._ready().export(Path(directory))
 
     def weights(self, copied_at_once: bool = False) -> Iterator[WeightChunk | ChunkFacts]:
-        """Rank 0: the weights under checkpoint names, a chunk a layer; at last, on every rank, facts about them.
+        """Rank 0: the weights under checkpoint names, in chunks of layers; at last, on every rank, facts about them.
 
         LoRA is merged, out of place. Run to the end, and be done with the chunks, before the next `step`: they
         may be views of the live weights. `copied_at_once`: each is copied before the next is asked for.

@@ -1,4 +1,4 @@
-"""A trainer's weights on their way out: whole, merged, under checkpoint names, one layer at a time.
+"""A trainer's weights on their way out: whole, merged, under checkpoint names, layer by layer.
 
 Every rank goes through all layers together, because ZeRO-3 keeps a part of each parameter on each
 rank and puts it together by a collective; rank 0 alone packs what comes out. A rank never holds more
@@ -26,20 +26,25 @@ from actors.weight_chunks import ChunkFacts, WeightChunk
 from modeseek_ray.objectives.model import ScoringModel, unwrap
 from modeseek_ray.types import Sample
 
+# Each chunk costs some milliseconds in Ray, as much as copying tens of MB.
+CHUNK_BYTES = 64 * 2**20
+
 
 def weight_chunks(
     engine: ZeroEngine, module: ScoringModel, *, sends: bool, copied_at_once: bool = False
 ) -> Iterator[WeightChunk | ChunkFacts]:
-    """A chunk a layer, and at last the facts about all of them. Ranks that do not send give the facts alone.
+    """Chunks of whole layers, and at last the facts about all of them. Ranks that do not send give the facts alone.
 
     Await the end before the next optimizer step, which changes what is being read. Chunks are views of the
     live weights where those outlive the iteration, that is but for ZeRO-3, which takes a gathered layer back
     as soon as the next is asked for; and there, too, if whoever iterates copies each chunk before that.
     """
-    copy = engine.zero_stage == 3 and not copied_at_once
+    vanishes = engine.zero_stage == 3
+    copy = vanishes and not copied_at_once
     checksums, num_bytes, num_weights, seconds = [], 0, 0, 0.0
     started = time.monotonic()
-    for weights in checkpoint_layers(engine, module):
+    layers = checkpoint_layers(engine, module)
+    for weights in layers if vanishes or not sends else _together(layers):
         if sends:
             chunk = WeightChunk.pack(weights, copy=copy)
             checksums.append(chunk.checksum)
@@ -49,6 +54,18 @@ def weight_chunks(
             yield chunk
             started = time.monotonic()
     yield ChunkFacts(tuple(checksums), num_bytes, num_weights, seconds + time.monotonic() - started)
+
+
+def _together(layers: Iterator[list[tuple[str, Tensor]]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Neighbouring layers as one, until they have `CHUNK_BYTES`."""
+    found: list[tuple[str, Tensor]] = []
+    for weights in layers:
+        found += weights
+        if sum(tensor.nbytes for _, tensor in found) >= CHUNK_BYTES:
+            yield found
+            found = []
+    if found:
+        yield found
 
 
 def checkpoint_layers(engine: ZeroEngine, module: ScoringModel) -> Iterator[list[tuple[str, Tensor]]]:

@@ -99,18 +99,18 @@ class FakeEngine:
         assert not self.inside
         return [np.full(len(s) - 1, float(self.version)) for s in sequences]
 
-    async def begin_update(self) -> None:
+    async def install(self, version: int, checksum: str, *chunks: str) -> None:
         assert not self.inside
         self.version = -1
+        for chunk in chunks:
+            await self.update(chunk)
+        self.version = version
 
     async def update(self, chunk: str) -> None:
         assert self.version == -1
         if self.world.dies_of_update(self):
             self.dead = True
             raise WorkerError(f"engine {self.name} died.", mend="")
-
-    async def finish_update(self, version: int, checksum: str) -> None:
-        self.version = version
 
     async def stop(self) -> None:
         self.dead = True

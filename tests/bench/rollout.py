@@ -156,9 +156,10 @@ async def through_the_actor(case: Case, model: str, *, routes: bool) -> dict[str
 
 
 async def sync(case: Case, model: str) -> dict[str, float]:
-    """Trainer to engine over Ray's object store, and a copy of as many bytes in this process."""
+    """Trainer to engine over Ray's object store, without its proof, too, and a copy of as many bytes in this process."""
     from actors.cluster import RayPlacement, connect
     from actors.trainer import TrainerSpec
+    from actors.transfers import MemoryTransfer
     from actors.weight_sync import VerifiedChannel
     from modeseek_ray.config import Resources, Training
     from modeseek_ray.types import Objective
@@ -174,6 +175,13 @@ async def sync(case: Case, model: str) -> dict[str, float]:
         await asyncio.gather(trainer.setup(), pool.setup())
         channel = VerifiedChannel(trainer, pool, [p.token_ids_T for p in case.prompts()])
         figures = [await channel.sync(version) for version in range(1, case.repeats + 2)][1:]
+        transfer, unproven = MemoryTransfer(trainer, pool), []
+        for version in range(case.repeats + 2, 2 * case.repeats + 2):
+            started = time.perf_counter()
+            await pool.hold()
+            await transfer.load(await transfer.gather(version), version)
+            await pool.release(version)
+            unproven.append(time.perf_counter() - started)
     finally:
         await pool.close()
         await trainer.close()
@@ -186,7 +194,34 @@ async def sync(case: Case, model: str) -> dict[str, float]:
         np.copyto(target, source)
         copies.append(time.perf_counter() - started)
     # The fastest of both: what runs beside them can only make them slower.
-    return {**min(figures, key=lambda found: found["sync_seconds"]), "copy_seconds": min(copies)}
+    best = min(figures, key=lambda found: found["sync_seconds"])
+    return {**best, "unproven_seconds": min(unproven), "copy_seconds": min(copies)}
+
+
+def reload(case: Case, model: str) -> dict[str, float]:
+    """vLLM's own loader alone, in one process, from tensors that lie there: no checksum, no proof, no trainer."""
+    from actors.vllm_engine import environment
+
+    spec = case.spec(model)
+    os.environ.update(environment(spec))
+    from safetensors.torch import load_file
+    from vllm import LLM
+
+    llm = LLM(
+        model=model,
+        dtype=spec.dtype,
+        max_model_len=spec.max_length,
+        kv_cache_memory_bytes=2**30,
+        distributed_executor_backend="uni",
+        enforce_eager=True,
+    )
+    weights = {name: tensor.clone() for name, tensor in load_file(Path(model) / "model.safetensors").items()}
+    seconds = []
+    for _ in range(case.repeats):
+        started = time.perf_counter()
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        seconds.append(time.perf_counter() - started)
+    return {"reload_seconds": min(seconds)}
 
 
 async def timed(case: Case, write: Callable[[], Awaitable[int]], pid: int) -> dict[str, float]:
@@ -215,6 +250,7 @@ CONTENDERS: dict[str, Callable[[Case, str], dict[str, float]]] = {
     "actor": lambda case, model: asyncio.run(through_the_actor(case, model, routes=False)),
     "actor_routes": lambda case, model: asyncio.run(through_the_actor(case, model, routes=True)),
     "sync": lambda case, model: asyncio.run(sync(case, model)),
+    "reload": reload,
 }
 
 
@@ -274,6 +310,7 @@ def main() -> None:
         console.print(f"{kind}: sync over copy: {sync_figures['sync_seconds'] / copy:.1f} (aim at most 5)")
         for part in ("gather", "load", "verify"):
             console.print(f"{kind}:   of which {part}: {sync_figures[f'sync_{part}_seconds'] / copy:.1f}")
+        console.print(f"{kind}:   vLLM's own loader alone: {found['reload']['reload_seconds'] / copy:.1f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 

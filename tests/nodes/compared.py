@@ -6,13 +6,17 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.nodes.cluster import Nodes
 
 
-def compare(model: Path, directory: Path, *options: str, forks: Mapping[str, str] | None = None) -> None:
+def compare(
+    model: Path, directory: Path, *options: str, forks: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What was found; that both are the same is seen here."""
     with Nodes(directory, cpus=(2, 1, 1), forks=forks) as cluster:
         command = [sys.executable, "-m", "tests.nodes.loss_curves", str(model), str(directory), *options]
         found = json.loads(cluster.run(command).stdout.splitlines()[-1])
@@ -23,3 +27,4 @@ def compare(model: Path, directory: Path, *options: str, forks: Mapping[str, str
     assert found["spread"]["losses"] == pytest.approx(found["pack"]["losses"], rel=1e-5)
     # Stronger: the layout is the same, and so is every bit.
     assert found["spread"]["sha256"] == found["pack"]["sha256"]
+    return dict(found)

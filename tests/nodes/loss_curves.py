@@ -2,8 +2,8 @@
 
     python -m tests.nodes.loss_curves MODEL DIRECTORY [--whole]
 
-Prints one JSON object: by placement, the losses, the weights' hash and the nodes of the ranks. Without
-`--whole` no scorers are started: reference scores are made up, and the export is not loaded again.
+Prints one JSON object: by placement, the losses, the weights' hash, the nodes of the ranks and those of the scorers.
+Without `--whole` no scorers are started: reference scores are made up, and the export is not loaded again.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import ray
 
+from actors import scoring
 from actors.attempt import Attempt
 from actors.attempt_spec import AttemptSpec
 from actors.cluster import RayPlacement, connect
 from actors.journal import CallbackSink, ResultJournal
+from actors.reference import ScoringSpec
+from actors.scoring import BlockScorer
 from modeseek_ray.config import parse_config
 from modeseek_ray.data.dataset import Dataset
 from modeseek_ray.reports.results import read_job, read_metrics
@@ -59,6 +64,17 @@ class Watched(RayPlacement):
         return pool
 
 
+def remembering(directory: Path) -> type[BlockScorer]:
+    """Scorers that leave the name of their node, whether or not they are in time for a block."""
+
+    class Seen(BlockScorer):
+        def __init__(self, spec: ScoringSpec) -> None:
+            (directory / ray.get_runtime_context().get_node_id()).touch()
+            super().__init__(spec)
+
+    return Seen
+
+
 def rows(directory: Path) -> Path:
     path = directory / "train.jsonl"
     lines = [
@@ -74,16 +90,30 @@ def run(model: Path, data: Path, out: Path, placement: str, attempt: type[Attemp
             "model": str(model),
             "training_file": str(data),
             "method": {"type": "weighted", "weighted": {**WEIGHTED, "training": TRAINING}},
-            "resources": {"trainers": 2, "zero_stage": 2, "scorers": 1, "placement": placement},
+            # Micro-batches of a sample or two: blocks for both scorers.
+            "resources": {
+                "trainers": 2,
+                "zero_stage": 2,
+                "scorers": 2,
+                "placement": placement,
+                "micro_batch_tokens": 24,
+            },
         }
     )
     spec = AttemptSpec(placement, 1, config, {"training_file": data}, model, out, data.parent / "cache")
     watched = Watched(config.resources)
-    asyncio.run(attempt(spec, watched, ResultJournal(out / "results", CallbackSink(lambda _: None))).run())
+    seats = out / "scorers"
+    seats.mkdir(parents=True)
+    with mock.patch.object(scoring, "BlockScorer", remembering(seats)):
+        asyncio.run(
+            attempt(spec, watched, ResultJournal(out / "results", CallbackSink(lambda _: None))).run()
+        )
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     return {
         "losses": read_metrics(out / "results").known("loss")[1].tolist(),
         "sha256": read_job(out / "results").weights_sha256,
         "nodes": watched.nodes,
+        "scorers": sorted(addresses[path.name] for path in seats.iterdir()),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,15 @@ def started(lab: Laboratory, model: Path, data: str, step: int) -> str:
 
 
 def check_recovered(lab: Laboratory, job_id: str, sha256: str, node: str) -> None:
+    """The figures are for whoever asks (pytest -s): until the next attempt was begun, and until it trained."""
+    lost = time.monotonic()
+    lab.until(lambda: lab.job(job_id)["attempt"] == 2, job_id=job_id)
+    noticed = time.monotonic() - lost
+    before = lab.job(job_id)["progress"]["step"]
+    lab.until(lambda: lab.job(job_id)["progress"]["step"] > before, job_id=job_id)
+    print(
+        f"node {node} lost: attempt 2 after {noticed:.1f} s, a new step after {time.monotonic() - lost:.1f} s"
+    )
     lab.until(lambda: lab.job(job_id)["status"] == "succeeded", job_id=job_id)
     events = lab.events(job_id)
     steps = [e["data"]["step"] for e in events if "loss" in (e["data"] or {})]
