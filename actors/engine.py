@@ -86,7 +86,13 @@ def deepspeed_config(
         "gradient_clipping": training.max_grad_norm,
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 0.0, "weight_decay": training.weight_decay, "torch_adam": True},
+            "params": {
+                "lr": 0.0,
+                "weight_decay": training.weight_decay,
+                "torch_adam": True,
+                # One pass over memory instead of one for each operation, on the card as on its host.
+                **({"fused": True} if cuda else {}),
+            },
         },
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,

@@ -96,6 +96,7 @@ class ScoringModel(nn.Module):
         if not isinstance(head, ScoringHead):
             causal_lm.set_output_embeddings(ScoringHead.adopt(head))
         self.scale = measure_scale(causal_lm) / temperature
+        self.heeds_padding = heeds_padding(causal_lm)
 
     @property
     def backbone(self) -> nn.Module:
@@ -130,11 +131,16 @@ class ScoringModel(nn.Module):
     ) -> TokenScores:
         """Score `target_M`; `positions_M` indexes B * S at the position that predicts each of them.
 
+        Padding stands on the right. Where the model does not see it anyway it is not told of it: attention that is
+        causal and nothing else has faster kernels (a fifth of a step at 2,048 positions on a CPU).
+
         `position_ids_BS` says which positions these are where they are not the first of their sequences.
         `entropy` adds the policy's, `statistics` that of its top tokens as well, `keep_hidden` the head's
         input, `reference` the KL against it.
         """
         more = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
+        if position_ids_BS is None and not self.heeds_padding:
+            attention_mask_BS = None
         hidden_BSD = self.backbone(
             input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, **more
         ).last_hidden_state
@@ -182,6 +188,30 @@ def measure_scale(causal_lm: Any) -> float:
     _refuse_unless_equal(causal_lm, "hidden state fed to the head", fed[0].double(), hidden.double())
     _refuse_unless_equal(causal_lm, "logit, for one constant times the head's output", logits, scale * ramp)
     return 1.0 if abs(scale - 1) < 1e-6 else scale
+
+
+@torch.no_grad()
+def heeds_padding(causal_lm: Any) -> bool:
+    """Whether tokens differ by what stands on their right, unless a mask hides it.
+
+    Under causal attention they do not; it is looked at all the same, in two sequences of which one is half padding.
+    """
+    device = next(causal_lm.parameters()).device
+    ids_BS = (torch.arange(16, device=device) % causal_lm.config.get_text_config().vocab_size).view(2, 8)
+    mask_BS = torch.ones_like(ids_BS)
+    mask_BS[1, 4:] = 0
+    was_training = causal_lm.training
+    try:
+        causal_lm.eval()
+        told, untold = (
+            causal_lm.base_model(input_ids=ids_BS, attention_mask=mask, use_cache=False).last_hidden_state
+            for mask in (mask_BS, None)
+        )
+    finally:
+        causal_lm.train(was_training)
+    off = (told - untold)[mask_BS.bool()].abs().max()
+    # Other kernels round otherwise; what sees the padding is off by far more.
+    return bool(off > (1e-5 if told.dtype == torch.float32 else 2e-2) * told.abs().max())
 
 
 def _refuse_unless_equal(causal_lm: Any, what: str, own: Tensor, ours: Tensor) -> None:

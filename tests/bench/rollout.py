@@ -156,7 +156,7 @@ async def through_the_actor(case: Case, model: str, *, routes: bool) -> dict[str
 
 
 async def sync(case: Case, model: str) -> dict[str, float]:
-    """Trainer to engine over Ray's object store, without its proof, too, and a copy of as many bytes in this process."""
+    """Trainer to engine over Ray's object store, without its proof, too, and a copy of as many bytes here."""
     from actors.cluster import RayPlacement, connect
     from actors.trainer import TrainerSpec
     from actors.transfers import MemoryTransfer

@@ -12,6 +12,7 @@ import pytest
 
 from tests.nodes.laboratory import Laboratory, blind_to
 
+pytestmark = pytest.mark.timeout(900)  # the first of them waits for the cluster and for the calm run
 STEPS, CHECKPOINT_EVERY = 60, 5
 TRAINING = {
     "epochs": 10,

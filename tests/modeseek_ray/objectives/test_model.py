@@ -154,6 +154,35 @@ def test_padding_order_and_company_change_nothing(architecture: str, options: di
                     assert together[i] == pytest.approx(alone[i], rel=1e-6)
 
 
+def test_a_model_is_told_of_padding_only_if_it_would_see_it() -> None:
+    samples = make_samples([5, 12, 9])
+    batch = collate(samples, range(3), pad_id=0)
+    masks: list[torch.Tensor | None] = []
+
+    def watched(model: PreTrainedModel) -> ScoringModel:
+        scoring = ScoringModel(model)
+        scoring.backbone.register_forward_pre_hook(
+            lambda _, __, given: masks.append(given["attention_mask"]), with_kwargs=True
+        )
+        return scoring
+
+    causal = watched(build("qwen3"))
+    found = score(causal, batch).log_prob_M
+    causal.heeds_padding = True
+    assert torch.equal(score(causal, batch).log_prob_M, found), "the same bits"
+    model = build("qwen3")
+    for layer in model.model.layers:  # every token sees those on its right, as in a prefix or an encoder
+        layer.self_attn.is_causal = False
+    open_ = watched(model)
+    assert open_.heeds_padding
+    score(open_, batch)
+    # Of ranks that share a sequence each holds a part, and says which positions these are.
+    causal.heeds_padding = False
+    positions = torch.arange(batch.input_ids_BS.shape[1])[None]
+    score(causal, batch, position_ids_BS=positions)
+    assert [mask is None for mask in masks] == [True, False, False, False]
+
+
 def test_what_is_masked_as_prompt_only_leaves_out_terms() -> None:
     scoring, (sample,) = ScoringModel(build("qwen3")), make_samples([12])
     all_T = np.arange(12) > 0
