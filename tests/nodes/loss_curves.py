@@ -64,12 +64,13 @@ class Watched(RayPlacement):
         return pool
 
 
-def remembering(directory: Path) -> type[BlockScorer]:
-    """Scorers that leave the name of their node, whether or not they are in time for a block."""
+def remembering(directory: Path, model: Path) -> type[BlockScorer]:
+    """Scorers of this model leave the name of their node, whether or not they are in time for a block."""
 
     class Seen(BlockScorer):
         def __init__(self, spec: ScoringSpec) -> None:
-            (directory / ray.get_runtime_context().get_node_id()).touch()
+            if spec.model_path == str(model):  # not of its export
+                (directory / ray.get_runtime_context().get_node_id()).touch()
             super().__init__(spec)
 
     return Seen
@@ -104,7 +105,7 @@ def run(model: Path, data: Path, out: Path, placement: str, attempt: type[Attemp
     watched = Watched(config.resources)
     seats = out / "scorers"
     seats.mkdir(parents=True)
-    with mock.patch.object(scoring, "BlockScorer", remembering(seats)):
+    with mock.patch.object(scoring, "BlockScorer", remembering(seats, model)):
         asyncio.run(
             attempt(spec, watched, ResultJournal(out / "results", CallbackSink(lambda _: None))).run()
         )
