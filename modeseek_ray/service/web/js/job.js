@@ -133,7 +133,7 @@ export function jobView(place, jobId) {
   async function drawActions(job) {
     const wanted = [
       ["pause", "Pause", ["running", "checkpointing"].includes(job.state)],
-      ["resume", "Resume", job.state === "paused"],
+      ["resume", job.status === "failed" ? "Resume as a new job" : "Resume", ["paused", "failed"].includes(job.state)],
       ["cancel", "Cancel", !hasEnded(job) && job.state !== "cancelling"],
     ];
     const buttons = [];
@@ -163,8 +163,9 @@ export function jobView(place, jobId) {
 
   async function ask(action) {
     if (action === "cancel" && !confirm("Cancel this job? Its checkpoints stay.")) return;
-    await act(jobId, action);
-    await feed.refresh();
+    const answer = await act(jobId, action);
+    if (answer.id !== jobId) location.hash = `#/jobs/${encodeURIComponent(answer.id)}`; // a failed job never changes
+    else await feed.refresh();
   }
 }
 

@@ -158,6 +158,17 @@ def test_a_failed_job_says_why(service: Any, finished: dict[str, Story], open_pa
     expect(page.get_by_role("button", name="Look now")).to_have_count(0)  # nothing more will come
 
 
+def test_a_failed_job_goes_on_as_a_new_one(service: Any, open_page: Open) -> None:
+    story = Story(service, "to-resume").train(5).checkpoint().fail("numerics", "loss is nan.")
+    page = open_page(job_url(service, story))
+    page.get_by_role("button", name="Resume as a new job").click()
+    page.wait_for_url(lambda url: "#/jobs/" in url and story.id not in url)
+    new = page.url.rpartition("/")[2]
+    expect(page.locator("h1 + .status")).not_to_have_text("failed")
+    with service.client() as client:
+        assert client.job(new)["resumed_from"] == story.id
+
+
 def test_jobs_are_chosen_and_compared(service: Any, finished: dict[str, Story], open_page: Open) -> None:
     page = open_page(service.url)
     for name in ("plain", "anchored"):
