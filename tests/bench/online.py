@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).parents[2]
+from tests.bench.alone import ROOT, environment
+
 TIMEOUT_S = 900
 LEARNING_RATE = 1e-6
 EXTRA_END = "~"  # the second token that ends a text of the random model
@@ -333,20 +333,17 @@ def names_for(case: Case) -> list[str]:
 
 def run_one(name: str, case: Case, model: Path) -> dict[str, float]:
     """One contender in a process of its own. Raises `RuntimeError` with the end of its output if it fails."""
-    environment = {
-        **os.environ,
+    variables = {
+        **environment(case.threads),
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(case.threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
         "RAY_AUTH_MODE": "token",
         "TOKENIZERS_PARALLELISM": "false",
     }
     command = [sys.executable, "-m", "tests.bench.online", "--contender", name, str(model)]
     result = subprocess.run(
         [*command, "--case", json.dumps(asdict(case))],
-        capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, cwd=ROOT,
+        capture_output=True, text=True, timeout=TIMEOUT_S, env=variables, cwd=ROOT,
     )  # fmt: skip
     if result.returncode:
         raise RuntimeError(f"{name} failed:\n{(result.stdout + result.stderr)[-3000:]}")

@@ -32,8 +32,7 @@ from rich.table import Table
 
 from actors.generator import GeneratorSpec, Sampling, requests_of
 from modeseek_ray.types import Prompt
-
-ROOT = Path(__file__).parents[2]
+from tests.bench import alone
 
 
 @dataclass(frozen=True)
@@ -256,16 +255,10 @@ CONTENDERS: dict[str, Callable[[Case, str], dict[str, float]]] = {
 
 def run(name: str, case: Case, model: Path) -> dict[str, float]:
     """One contender in a process of its own. Raises `RuntimeError` with the end of its output if it fails."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(case.threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": str(ROOT),
-    }
     command = [sys.executable, "-m", "tests.bench.rollout", "--contender", name, str(model)]
     result = subprocess.run(
         [*command, "--case", json.dumps(asdict(case))],
-        capture_output=True, text=True, timeout=900, env=environment, cwd=ROOT,
+        capture_output=True, text=True, timeout=900, env=alone.environment(case.threads), cwd=alone.ROOT,
     )  # fmt: skip
     if result.returncode:
         raise RuntimeError(f"{name} failed:\n{(result.stdout + result.stderr)[-3000:]}")

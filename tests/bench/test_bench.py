@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tests.bench import online, service
 from tests.bench.__main__ import ROOT, Store, measure
+from tests.bench.alone import RANK_VARIABLES
 from tests.bench.lines import Line, markdown, rich_table, slope
 from tests.bench.pieces import PIECES, Piece
 from tests.forks import environ
@@ -139,8 +140,13 @@ def test_both_sides_give_the_same_rewards() -> None:
 
 
 @pytest.mark.slow
-def test_the_contenders_of_the_online_loop_write_alike(tmp_path: Path, forks: dict[str, str]) -> None:
+def test_the_contenders_of_the_online_loop_write_alike(
+    tmp_path: Path, forks: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model of 0.3 M parameters: as many samples each, and lengths by the same two end tokens."""
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name in RANK_VARIABLES:  # of a trainer that ran in this process
+        monkeypatch.setenv(name, rank[name])
     case = online.Case(prompts=4, samples=8, max_tokens=64, rounds=1, threads=1, width=64, layers=1)
     model = online.build_model(case, tmp_path / "model")
     with environ(forks):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,33 +23,24 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench.alone import ROOT, environment
 from tests.bench.train_step.contenders import CONTENDERS, Outcome
 from tests.bench.train_step.workload import PROMPT_SHARE, Case, build_model
 
-ROOT = Path(__file__).parents[3]
 TIMEOUT_S = 1800
-RANK_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
 
 Results = list[tuple[Case, dict[str, Outcome]]]
 
 
 def run(name: str, model: Path, case: Case) -> Outcome:
     """Run one contender. Raises `RuntimeError` with the end of its output if it fails."""
-    # A contender is a job of one: not a rank of whatever this process once was.
-    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    environment = {
-        **inherited,
-        "OMP_NUM_THREADS": str(case.threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
-    }
     command = [sys.executable, "-m", "tests.bench.train_step.contenders", name, str(model)]
     result = subprocess.run(
         [*command, json.dumps(asdict(case))],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
-        env=environment,
+        env=environment(case.threads),
         cwd=ROOT,
     )
     if result.returncode:

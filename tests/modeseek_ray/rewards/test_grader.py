@@ -177,7 +177,7 @@ def test_a_job_stops_above_its_share_with_three_different_examples() -> None:
         ({"type": "label_model"}, None, "Ask for a number with score_model"),
         ({"type": "string_chek"}, "type", "`type` must be one of: string_check, text_similarity"),
         ({}, "type", "`type` must be one of"),
-        ({**EQUALS, "operation": "neq"}, "operation", "'eq', 'ne', 'like' or 'ilike'"),
+        ({**EQUALS, "operation": "neq"}, "operation", "'neq' is not one of its choices. Did you mean `ne`?"),
         ({**EQUALS, "pass_threshold": 1}, "pass_threshold", "there is no such field"),
         ({**EQUALS, "input": "{{ sample.txt }}"}, "input", "position 1: sample.txt is unknown"),
         ({**TOO_LONG, "free_tokens": 20}, None, "must be less than max_tokens (20)"),

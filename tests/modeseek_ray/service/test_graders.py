@@ -66,7 +66,11 @@ def test_an_answer_that_cannot_be_graded_has_no_reward_and_a_reason(service: Any
 @pytest.mark.parametrize(
     ("grader", "param", "said"),
     [
-        ({**EQUALS, "operation": "neq"}, "grader.operation", "'eq', 'ne', 'like' or 'ilike'"),
+        (
+            {**EQUALS, "operation": "neq"},
+            "grader.operation",
+            "'neq' is not one of its choices. Did you mean `ne`?",
+        ),
         ({"type": "python", "source": "1"}, "grader", "would run a user's code"),
         ({**EQUALS, "input": "{{ sample.x }}"}, "grader.input", "sample.x is unknown"),
     ],
