@@ -104,9 +104,8 @@ class OnlineAttempt(Attempt):
     async def _workers(self, grading: Grading) -> tuple[TrainerPool, GeneratorPool, ScorerPool | None]:
         """Places for all, then handles to all; nothing is loaded yet."""
         resources = self._config.resources
-        changes = (
-            {} if self._placement.on_ray else {"transfer": "chunks"}
-        )  # a process lends nothing to itself
+        # One process needs no NCCL, and lends nothing to itself.
+        changes = {} if self._placement.on_ray else {"transfer": "chunks"}
         spec = generator_spec(self._config, str(self._spec.model_path), self._max_length, **changes)
         scorers = resources.scorers if "initial" in needs(self._config.weighting) else 0
         await self._placement.reserve(

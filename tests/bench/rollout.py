@@ -94,15 +94,15 @@ def build_model(case: Case, directory: Path) -> None:
 # --- contenders: each prints one line of JSON
 
 
-def bare(case: Case, model: str, *, same: bool) -> dict[str, float]:
-    """`LLM.generate` in this process. `same`: with seeds and log-probabilities, as the actor has to."""
+def bare_llm(case: Case, model: str, **options: Any) -> Any:
+    """vLLM in this process, as the actor sets it up. It reads its environment when it is imported: not before this."""
     from actors.vllm_engine import environment
 
     spec = case.spec(model)
     os.environ.update(environment(spec))
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    llm = LLM(
+    return LLM(
         model=model,
         dtype=spec.dtype,
         max_model_len=spec.max_length,
@@ -110,8 +110,16 @@ def bare(case: Case, model: str, *, same: bool) -> dict[str, float]:
         kv_cache_memory_bytes=2**30,
         distributed_executor_backend="uni",
         enforce_eager=True,
-        logprobs_mode="processed_logprobs" if same else "raw_logprobs",
+        **options,
     )
+
+
+def bare(case: Case, model: str, *, same: bool) -> dict[str, float]:
+    """`LLM.generate` in this process. `same`: with seeds and log-probabilities, as the actor has to."""
+    llm = bare_llm(case, model, logprobs_mode="processed_logprobs" if same else "raw_logprobs")
+    from vllm import SamplingParams
+
+    spec = case.spec(model)
     requests = [r for prompt in case.prompts() for r in requests_of(spec, prompt, 0)]
     asked = [{"prompt_token_ids": r.prompt.tolist()} for r in requests]
     parameters = [
@@ -199,21 +207,9 @@ async def sync(case: Case, model: str) -> dict[str, float]:
 
 def reload(case: Case, model: str) -> dict[str, float]:
     """vLLM's own loader alone, in one process, from tensors that lie there: no checksum, no proof, no trainer."""
-    from actors.vllm_engine import environment
-
-    spec = case.spec(model)
-    os.environ.update(environment(spec))
     from safetensors.torch import load_file
-    from vllm import LLM
 
-    llm = LLM(
-        model=model,
-        dtype=spec.dtype,
-        max_model_len=spec.max_length,
-        kv_cache_memory_bytes=2**30,
-        distributed_executor_backend="uni",
-        enforce_eager=True,
-    )
+    llm = bare_llm(case, model)
     weights = {name: tensor.clone() for name, tensor in load_file(Path(model) / "model.safetensors").items()}
     seconds = []
     for _ in range(case.repeats):
