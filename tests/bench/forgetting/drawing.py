@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from PIL import Image
 
 from tests.bench.forgetting.analysis import (
     Unit,
@@ -69,15 +67,8 @@ def figures(
     for name, figure in drawn.items():
         if figure is not None:
             files[name] = out / f"{variant}-{arch}-{name}.png"
-            _save(figure, files[name])
+            figure.savefig(files[name], dpi=100, metadata={"Software": None})
     return files
-
-
-def _save(figure: Figure, file: Path) -> None:
-    """With a palette of 128 colours: a third of the bytes, and these figures have no more to tell apart."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=100)
-    Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
 def _chosen(
