@@ -16,6 +16,8 @@ from tests.bench.forgetting import analysis, study, world
 from tests.bench.forgetting.__main__ import SMALL_METHODS, parser
 from tests.bench.forgetting.methods import DEMONSTRATIONS, FIVE_RATES, LORA_FACTOR, SAMPLES, methods_of
 
+REPORT = study.report_units("dense")
+
 
 @pytest.mark.parametrize("method", [*DEMONSTRATIONS, *SAMPLES], ids=lambda m: m.name)
 def test_every_method_has_ten_trials_and_all_rates_in_the_first_five(method: Any) -> None:
@@ -60,8 +62,19 @@ def test_the_key_is_of_the_content() -> None:
     assert replace(job, method="mode_seeking").key != job.key
 
 
-def test_validation_and_report_share_no_unit() -> None:
-    assert not {base for base, _ in study.VALIDATION} & {base for base, _ in study.REPORT}
+@pytest.mark.parametrize("arch", study.REPORT_BASES)
+def test_validation_and_report_share_no_base(arch: str) -> None:
+    units = study.report_units(arch)
+    assert not {base for base, _ in study.VALIDATION} & {base for base, _ in units}
+    assert len(set(units)) == 10 and {data for _, data in units[:5]} == {1}  # every base once, then again
+
+
+def test_what_is_reported_on_depends_on_the_architecture() -> None:
+    """The mixture's base of seed 8 does not hold its old tasks, the dense one does."""
+    bases = {
+        arch: {j.base_seed for j in study.report_jobs(arch, "far", {"sft": 0})} for arch in ("dense", "moe")
+    }
+    assert 8 in bases["dense"] and 8 not in bases["moe"] and len(bases["moe"]) == 5
 
 
 def run_of(
@@ -110,7 +123,7 @@ def runs() -> list[Mapping[str, Any]]:
             chosen = trial == 3
             best = (at_end if chosen else 0.1, success if chosen else 0.9 * success)
             made.extend(run_of(name, trial, unit, *best) for unit in study.VALIDATION)
-        made.extend(run_of(name, 3, unit, at_end, success) for unit in study.REPORT[:3])
+        made.extend(run_of(name, 3, unit, at_end, success) for unit in REPORT[:3])
     return made
 
 
@@ -151,7 +164,7 @@ def test_a_trial_that_reaches_on_all_validation_units_is_preferred_to_one_that_k
 
 def test_a_method_that_only_equals_its_shuffled_control_does_not_win(runs: list[Mapping[str, Any]]) -> None:
     better = [r for r in runs if r["method"] != "shuffled_anchored"]
-    better += [run_of("shuffled_anchored", 3, unit, 0.6) for unit in study.REPORT[:3]]
+    better += [run_of("shuffled_anchored", 3, unit, 0.6) for unit in REPORT[:3]]
     better += [
         run_of("shuffled_anchored", t, unit, 0.6 if t == 3 else 0.1)
         for t in range(5)
@@ -173,7 +186,7 @@ def test_equal_compute_is_of_steps_on_the_same_device(runs: list[dict[str, Any]]
     known = [r for r in runs if r["method"] in slower]
     mixed = [
         on("cpu", r, 10 * slower[r["method"]])
-        if r["base_seed"] == study.REPORT[0][0]
+        if r["base_seed"] == REPORT[0][0]
         else on("card", r, slower[r["method"]])
         for r in known
     ]

@@ -106,7 +106,7 @@ def _do(
         jobs = list(study.validation_jobs(options.arch, piece, options.trials, chosen_on))
         if not work(_chosen(options, jobs, methods), store, options, deadline, f"{piece}: validation"):
             return False
-    report_units = [unit for unit in study.REPORT if not units or unit in units]
+    report_units = [unit for unit in study.report_units(options.arch) if not units or unit in units]
     if not report_units:
         return True
     by = study.VALIDATION if selected_on is None else selected_on
@@ -188,7 +188,7 @@ def show(options: argparse.Namespace) -> int:
             done, planned = sum(key in rows for key in keys), len(keys)
             print(f"{piece:9} validation {done}/{planned}")
         selected = study.select(options.arch, source, rows, options.trials)
-        for unit in study.REPORT:
+        for unit in study.report_units(options.arch):
             keys = [job.key for job in study.report_jobs(options.arch, piece, selected, [unit])]
             print(f"{piece:9} report {unit[0]}.{unit[1]} {sum(key in rows for key in keys)}/{len(keys)}")
     return 0

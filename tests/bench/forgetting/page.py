@@ -23,7 +23,7 @@ from tests.bench.forgetting.analysis import (
     write_results,
 )
 from tests.bench.forgetting.methods import baseline_of, methods_of
-from tests.bench.forgetting.study import REPORT, Store, report_jobs, select, source_of
+from tests.bench.forgetting.study import PLANNED_TRIALS, Store, report_jobs, report_units, select, source_of
 
 TITLES = {
     "standard": "Near, middle and far right answers",
@@ -187,8 +187,8 @@ def _coverage(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units:
     missing = [name for name in methods_of(variant) if name not in trials or name not in ran]
     units_text = ", ".join(f"{base}.{data}" for base, data in units)
     text = (
-        f"Report units (base.data): {units_text} of {len(REPORT)} planned;"
-        f" {common} trials of each method of 10 planned."
+        f"Report units (base.data): {units_text} of {len(report_units(arch))} planned;"
+        f" {common} trials of each method of {PLANNED_TRIALS[arch]} planned."
     )
     return text + (f" Not run: {', '.join(missing)}." if missing else " All methods were run.")
 

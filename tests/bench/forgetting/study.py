@@ -34,8 +34,9 @@ LONG_STEPS, LONG_EVALUATE_AT = 2 * STEPS, (*EVALUATE_AT, 140, 160, 180, 200, 220
 FOLLOWING = (LONG, "far", "noisy", "lengths")  # pieces that take over the trials selected in `standard`
 TARGET, LEARNT = 0.9, 0.95
 VALIDATION = ((1, 0), (2, 0))  # base seed, data seed
-REPORT = tuple((base, data) for data in (1, 2) for base in (5, 6, 7, 8, 9))
+REPORT_BASES = {"dense": (5, 6, 7, 8, 9), "moe": (5, 6, 7, 9, 10)}  # those that `build` accepts: PROTOCOL.md
 TRIALS = 10
+PLANNED_TRIALS = {"dense": TRIALS, "moe": 5}  # five go through all learning rates
 ONLINE_PROMPTS = 4  # of a step, 8 samples each
 SOURCES = ("world.py", "train.py", "probes.py", "sampling.py")
 
@@ -208,11 +209,23 @@ def validation_jobs(
                 yield Job(arch, variant, name, trial, *unit)
 
 
+def report_units(arch: str) -> tuple[tuple[int, int], ...]:
+    """(base seed, data seed) of what is reported on, in their order: all bases with one data seed, then the next.
+
+    >>> report_units("moe")[4:6]
+    ((10, 1), (5, 2))
+    """
+    return tuple((base, data) for data in (1, 2) for base in REPORT_BASES[arch])
+
+
 def report_jobs(
-    arch: str, variant: str, selected: Mapping[str, int], units: Sequence[tuple[int, int]] = REPORT
+    arch: str,
+    variant: str,
+    selected: Mapping[str, int],
+    units: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Job]:
-    """Unit by unit through all methods."""
-    for base_seed, data_seed in units:
+    """Unit by unit through all methods, on all report units unless some are named."""
+    for base_seed, data_seed in report_units(arch) if units is None else units:
         for name, trial in selected.items():
             yield Job(arch, variant, name, trial, base_seed, data_seed)
 
