@@ -1,1 +1,1 @@
-"""What each `modeseek` subcommand does. Parsing is `actors/main.py`'s, looks are `actors/cli`'s."""
+"""What each `modeseek` subcommand does. Parsing is `actors/arguments`', looks are `actors/cli`'s."""
