@@ -7,6 +7,7 @@ What a subcommand takes lives in `actors/arguments`, what it does in `actors/com
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -23,7 +24,7 @@ app = typer.Typer(
 )
 
 # In the order of `--help`.
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "serve": service.serve,
     "submit": jobs.submit,
     "follow": jobs.follow,
@@ -43,7 +44,11 @@ COMMANDS = {
     "rerank": alone.rerank,
     "demo": alone.demo,
 }
-HIDDEN = {"drive": inner.drive, "answer": inner.answer, "validate": inner.validate}
+HIDDEN: dict[str, Callable[..., None]] = {
+    "drive": inner.drive,
+    "answer": inner.answer,
+    "validate": inner.validate,
+}
 
 for name, command in COMMANDS.items():
     app.command(name)(command)
