@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.generator import GeneratorSpec, Request, requests_of
-from actors.pools import Worker
 from actors.rest import Rest
 from actors.weight_chunks import WeightRelease
+from actors.workers import Worker
 from modeseek_ray.errors import WorkerError
 from modeseek_ray.types import Completion, Prompt
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from actors.pools import Worker
+from actors.workers import Worker
 from modeseek_ray.data.batching import pack
 from modeseek_ray.errors import ConfigError, ModelError
 from modeseek_ray.rewards import Grade

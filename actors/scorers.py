@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from actors.dealing import regroup, split
 from actors.messages import Pick
-from actors.pools import Worker, regroup, split
+from actors.workers import Worker
 from modeseek_ray.data.batching import pack
 from modeseek_ray.types import Group, Handle, IntArray
 

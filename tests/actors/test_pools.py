@@ -1,4 +1,4 @@
-"""Splitting a batch over workers and merging what they answer, with workers that only remember."""
+"""A batch over ranks that only remember: who is handed what, what is answered, whose failure counts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors import pools
-from actors.messages import RankBeginning, RankEvaluation, RankReport, RouteCounts
-from actors.pools import TrainerPool, deal_parts, split, summarise
+from actors import workers
+from actors.dealing import split
+from actors.messages import RankBeginning, RankReport, RouteCounts
+from actors.pools import TrainerPool
 from modeseek_ray.data.batching import deal
 from modeseek_ray.errors import WorkerError
 from modeseek_ray.objectives.deltas import DeltaSums
@@ -152,7 +153,7 @@ async def test_a_rank_that_lost_its_neighbour_is_not_taken_for_the_cause() -> No
 
 async def test_a_failure_of_its_own_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other rank waits in a collective for ever."""
-    monkeypatch.setattr(pools, "DEATH_GRACE_S", 0.1)
+    monkeypatch.setattr(workers, "DEATH_GRACE_S", 0.1)
     with pytest.raises(WorkerError, match="ValueError"):
         await TrainerPool([Rank(WorkerError("rank 0: ValueError")), Rank(None)], deal).score(_groups())
 
@@ -204,64 +205,3 @@ async def test_a_sample_that_is_drawn_twice_has_a_place_for_each() -> None:
     await pool.begin([group])
     await pool.step([group], StepPlan(0, np.ones(2), denominator=2.0, learning_rate=0.1))
     assert [rank.stepped for rank in ranks] == [[7.0], [7.0]]
-
-
-def test_parts_are_balanced_each_and_together() -> None:
-    length_N = np.random.default_rng(0).integers(1, 100, 64)
-    parts = np.array_split(np.random.default_rng(1).permutation(64), 8)
-    shares = deal_parts(length_N, 4, parts, deal)
-    assert sorted(np.concatenate(shares).tolist()) == list(range(64))
-    totals = [length_N[share].sum() for share in shares]
-    assert max(totals) < 1.05 * np.mean(totals)
-    for part in parts:
-        loads = [length_N[np.intersect1d(share, part)].sum() for share in shares]
-        best = max(length_N[part].max(), length_N[part].sum() / 4)
-        assert max(loads) <= 4 / 3 * best + 1
-    whole = deal_parts(length_N, 4, [np.arange(64)], deal)
-    assert [share.tolist() for share in whole] == [share.tolist() for share in deal(length_N, 4)]
-    with pytest.raises(ValueError, match="the parts hold 60 samples, the batch 64"):
-        deal_parts(length_N, 4, [np.arange(60)], deal)
-
-
-def _rows(**changes: Any) -> RankEvaluation:
-    """Problem 0 has two accepted answers, the second of them written; problem 1 one, not written; a text row."""
-    columns: dict[str, Any] = {
-        "nll_N": np.array([3.0, 1.0, 6.0, 8.0]),
-        "num_correct_N": np.array([1, 2, 0, 4]),
-        "num_tokens_N": np.array([2, 2, 4, 4]),
-        "all_correct_N": np.array([False, True, False, False]),
-        "problem_N": np.array([0, 0, 1, -1]),
-        "tasks": ("sort", "sort", "copy", "text"),
-        "kl_N": np.array([0.2, 9.0, 0.4, 0.4]),
-        "entropy_N": np.array([0.5, 9.0, 1.0, 0.5]),
-    }
-    return RankEvaluation(**{**columns, **changes})
-
-
-def test_a_problem_counts_once_and_any_accepted_answer_is_right() -> None:
-    report = summarise(_rows())
-    assert report.accuracy == 0.5  # the text row has no right answer to write
-    assert report.nll == (3.0 + 6.0 + 8.0) / 10
-    assert report.kl_nats == pytest.approx(0.1)
-    assert report.entropy == pytest.approx((0.5 + 1.0 + 0.5) / 10)
-    assert report.kl_reverse_nats is None
-    assert report.by_task["sort"].accuracy == 1.0
-    assert report.by_task["copy"].accuracy == 0.0
-    assert report.by_task["text"].accuracy is None
-    assert summarise(_rows(problem_N=np.full(4, -1))).accuracy is None
-
-
-def test_rows_of_several_ranks_are_merged_in_order() -> None:
-    whole = _rows()
-    order_N = np.array([2, 0, 3, 1])
-    parts = [_take(whole, order_N[:1]), _take(whole, order_N[1:])]
-    merged = RankEvaluation.merge(parts, order_N)
-    assert merged.nll_N.tolist() == whole.nll_N.tolist()
-    assert merged.tasks == whole.tasks
-
-
-def _take(rows: RankEvaluation, index_N: np.ndarray) -> RankEvaluation:
-    return RankEvaluation(
-        **{k: None if v is None else v[index_N] for k, v in vars(rows).items() if k != "tasks"},
-        tasks=tuple(rows.tasks[i] for i in index_N),
-    )
