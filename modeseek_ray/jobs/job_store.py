@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,26 +11,20 @@ from sqlalchemy.exc import IntegrityError
 from modeseek_ray.jobs.database import Database
 from modeseek_ray.jobs.errors import IdempotencyError, IllegalTransitionError, NotFoundError
 from modeseek_ray.jobs.history import append_events, find_job, move_job
-from modeseek_ray.jobs.queue import Place, places
 from modeseek_ray.jobs.records import (
     DEFAULT_TENANT,
     CheckpointRecord,
     EventDraft,
-    EventRecord,
     Inheritance,
     JobRecord,
     Page,
     new_id,
 )
-from modeseek_ray.jobs.states import ATTENDED, TERMINAL, TRANSITIONS
-from modeseek_ray.jobs.tables import attempts, checkpoints, events, idempotency, jobs, tenants, to_json_text
+from modeseek_ray.jobs.states import TERMINAL, TRANSITIONS
+from modeseek_ray.jobs.tables import checkpoints, idempotency, jobs, tenants, to_json_text
 
 # Nothing runs for these, so a cancelled one needs nobody to end it.
 _UNATTENDED = frozenset({"accepted", "validating", "queued", "paused", "recovering"})
-# Places in a long queue, once found, are good for so many times as long as that took (of one core): who polls
-# may be told of the moment before, and the service does other things than counting.
-_PLACES_REST, _LONG_S = 10.0, 0.02
-_TYPICAL_OF = 20  # jobs whose length is taken for the typical one
 # A driver runs, or is about to: it hears of a pause with its next heartbeat.
 _RUNS = frozenset({"starting", "running", "checkpointing"})
 # On the way into the queue.
@@ -43,8 +36,6 @@ class JobStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._placed: tuple[tuple[int, int], dict[str, Place]] | None = None  # as of (version, slots)
-        self._placed_until = 0.0  # on the monotonic clock; later it is found anew if anything was written
 
     def submit(
         self,
@@ -171,63 +162,10 @@ class JobStore:
         with self._database.read() as connection:
             return [JobRecord.of(row) for row in connection.execute(query)]
 
-    def oldest_queued_at(self) -> float | None:
-        """Since when the job that has waited longest is in the queue."""
-        with self._database.read() as connection:
-            found: float | None = connection.execute(
-                select(func.min(jobs.c.state_at)).where(jobs.c.state == "queued")
-            ).scalar()
-        return found
-
     def count_by_state(self) -> dict[str, int]:
         with self._database.read() as connection:
             rows = connection.execute(select(jobs.c.state, func.count()).group_by(jobs.c.state))
             return {state: count for state, count in rows}
-
-    def places(self, slots: int) -> dict[str, Place]:
-        """Where each queued job stands, if `slots` jobs may run at a time.
-
-        Everybody who polls a queued job asks, so the answer is kept until something is written, and that of a
-        long queue for a moment longer. (Where other processes write, too, they do not tell.)
-        """
-        asked = (self._database.version, slots)  # before the look: what is written meanwhile makes it old
-        placed = self._placed
-        if placed is not None and placed[0][1] == slots:
-            is_new = placed[0] == asked and not self._database.is_shared
-            if is_new or time.monotonic() < self._placed_until:
-                return placed[1]
-        began_s = time.thread_time()
-        found = self._find_places(slots)
-        took_s = time.thread_time() - began_s
-        self._placed = asked, found
-        self._placed_until = time.monotonic() + (_PLACES_REST * took_s if took_s > _LONG_S else 0.0)
-        return found
-
-    def _find_places(self, slots: int) -> dict[str, Place]:
-        columns = (jobs.c.id, jobs.c.tenant_id, jobs.c.eta_s, jobs.c.state)
-        query = select(*columns).where(jobs.c.state.in_(("queued", *ATTENDED)))
-        with self._database.read() as connection:
-            living = connection.execute(query.order_by(jobs.c.priority.desc(), jobs.c.number)).all()
-            queue = [job for job in living if job.state == "queued"]
-            if not queue:
-                return {}
-            limits = connection.execute(select(tenants.c.id, tenants.c.max_running_jobs))
-            by_tenant: dict[str, int | None] = {row.id: row.max_running_jobs for row in limits}
-            typical_s = self._typical_s(connection)
-        attended = [job for job in living if job.state in ATTENDED]
-        return places(queue, attended, slots=slots, limits=by_tenant, typical_s=typical_s)
-
-    def _typical_s(self, connection: Connection) -> float | None:
-        """Mean time from launch to success of the last jobs' last attempts."""
-        took_s = (attempts.c.ended_at - attempts.c.created_at).label("took_s")
-        query = (
-            select(took_s)
-            .where(attempts.c.outcome == "succeeded")
-            .order_by(attempts.c.ended_at.desc())
-            .limit(_TYPICAL_OF)
-        )
-        found = list(connection.execute(query).scalars())
-        return sum(found) / len(found) if found else None
 
     def living_that_name(self, text: str) -> list[JobRecord]:
         """Jobs that have not ended and in whose configuration this stands, anywhere: look closely at those."""
@@ -325,34 +263,6 @@ class JobStore:
         connection.execute(update(jobs).where(jobs.c.id == job.id).values(desired=desired))
         append_events(connection, job.id, [event], now)
         return find_job(connection, job.id)
-
-    def add_event(self, job_id: str, event: EventDraft) -> None:
-        """Add a line to the history of a job that has not ended; after its end nothing is added."""
-        with self._database.write() as connection:
-            if find_job(connection, job_id, lock=True).terminal:
-                return
-            append_events(connection, job_id, [event], self._database.clock())
-        self._database.announce(job_id)
-
-    def events_after(self, job_id: str, sequence: int, limit: int = 500) -> list[EventRecord]:
-        """The next events in order."""
-        query = (
-            select(events)
-            .where(events.c.job_id == job_id, events.c.sequence > sequence)
-            .order_by(events.c.sequence)
-            .limit(limit)
-        )
-        with self._database.read() as connection:
-            return [EventRecord.of(row) for row in connection.execute(query)]
-
-    def events_page(self, job_id: str, *, before: int | None = None, limit: int = 20) -> Page[EventRecord]:
-        """Newest first, older than event number `before`."""
-        query = select(events).where(events.c.job_id == job_id).order_by(events.c.sequence.desc())
-        if before is not None:
-            query = query.where(events.c.sequence < before)
-        with self._database.read() as connection:
-            rows = connection.execute(query.limit(limit + 1)).all()
-        return Page([EventRecord.of(row) for row in rows[:limit]], len(rows) > limit)
 
     def checkpoints(
         self, job_id: str, *, after: str | None = None, limit: int = 10

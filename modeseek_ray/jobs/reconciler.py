@@ -216,7 +216,7 @@ class Reconciler:
             f"The job stands aside until the cluster has grown: {reason} Or cancel it and ask for less.",
             "warn",
         )
-        await asyncio.to_thread(self._store.jobs.add_event, job.id, event)
+        await asyncio.to_thread(self._store.events.add, job.id, event)
         return False
 
     async def _look_at_those_aside(self) -> None:

@@ -14,10 +14,12 @@ from modeseek_ray.jobs.attempt_store import AttemptStore
 from modeseek_ray.jobs.database import Database
 from modeseek_ray.jobs.driver_store import DriverStore
 from modeseek_ray.jobs.engine_store import EngineStore
+from modeseek_ray.jobs.event_store import EventStore
 from modeseek_ray.jobs.file_store import FileStore
 from modeseek_ray.jobs.job_store import JobStore
 from modeseek_ray.jobs.key_store import KeyStore
 from modeseek_ray.jobs.model_store import ModelStore
+from modeseek_ray.jobs.queue_store import QueueStore
 from modeseek_ray.jobs.tables import checkpoints, leases
 from modeseek_ray.jobs.tenant_store import TenantStore
 from modeseek_ray.jobs.webhook_store import WebhookStore
@@ -36,6 +38,8 @@ class Store:
     ) -> None:
         self.database = Database(url, clock=clock)
         self.jobs = JobStore(self.database)
+        self.events = EventStore(self.database)
+        self.queue = QueueStore(self.database)
         self.attempts = AttemptStore(self.database, lease_s=lease_s, start_lease_s=start_lease_s)
         self.drivers = DriverStore(self.database, lease_s=lease_s)
         self.files = FileStore(self.database)

@@ -51,7 +51,7 @@ async def list_events(
             _stream(service, job_id, start or 0), media_type="text/event-stream", headers=headers
         )
     before = _sequence(job_id, after)
-    page = await run_in_threadpool(service.store.jobs.events_page, job_id, before=before, limit=limit)
+    page = await run_in_threadpool(service.store.events.page, job_id, before=before, limit=limit)
     data = [event_object(event) for event in page.data]
     return Page(
         data=data,
@@ -68,7 +68,7 @@ async def _stream(service: Service, job_id: str, sequence: int) -> AsyncIterator
         while True:
             changed.clear()
             job = await run_in_threadpool(service.store.jobs.get, job_id)
-            events = await run_in_threadpool(service.store.jobs.events_after, job_id, sequence, _BATCH)
+            events = await run_in_threadpool(service.store.events.after, job_id, sequence, _BATCH)
             for event in events:
                 data = json.dumps(event_object(event).model_dump(mode="json"))
                 yield format_sse_event(data_str=data, id=event.id)

@@ -135,7 +135,7 @@ def list_jobs(
     page = service.store.jobs.page(
         tenant_id=caller.tenant_id, after=after, limit=limit, metadata=_metadata_filter(request)
     )
-    places = service.store.jobs.places(service.slots)
+    places = service.store.queue.places(service.slots)
     now = service.store.database.clock()
     return Page(
         data=[job_object(job, places.get(job.id), now) for job in page.data],
@@ -284,7 +284,7 @@ def _create(
 
 
 def _shown(service: Service, job: JobRecord) -> JobObject:
-    places = service.store.jobs.places(service.slots) if job.state == "queued" else {}
+    places = service.store.queue.places(service.slots) if job.state == "queued" else {}
     return job_object(job, places.get(job.id), service.store.database.clock())
 
 

@@ -134,7 +134,7 @@ class _StoreCollector(Collector):
         for state in TRANSITIONS:
             jobs.add_metric((state,), counts.get(state, 0))
         yield jobs
-        oldest = self._store.jobs.oldest_queued_at()
+        oldest = self._store.queue.oldest_queued_at()
         waited = 0.0 if oldest is None else max(0.0, self._store.database.clock() - oldest)
         yield GaugeMetricFamily(
             "modeseek_queue_length", "Jobs that wait for their turn.", value=counts.get("queued", 0)

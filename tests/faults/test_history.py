@@ -73,7 +73,7 @@ def test_submissions_missing_doubled_or_under_another_key_are_found(tmp_path: Pa
     store = Store(f"sqlite:///{path}")
     store.jobs.submit("ftjob-1", {"model": "m"}, idempotency_key="one", body_sha256="x")
     store.jobs.submit("ftjob-2", {"model": "m"}, idempotency_key="two", body_sha256="x")
-    store.jobs.add_event("ftjob-1", EventDraft("hello", data={"step": 1, "loss": 0.5}))
+    store.events.add("ftjob-1", EventDraft("hello", data={"step": 1, "loss": 0.5}))
     both = {"one": "ftjob-1", "two": "ftjob-2"}
 
     def found(answered: dict[str, str]) -> list[str]:

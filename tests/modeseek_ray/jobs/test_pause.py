@@ -55,7 +55,7 @@ def test_a_running_job_pauses_when_its_driver_says_so_and_resumes_in_its_old_pla
     later = helpers.queue(store, "ftjob-later")
     resumed = store.jobs.resume(job.id)
     assert (resumed.state, resumed.desired) == ("queued", "run")
-    places = store.jobs.places(slots=1)
+    places = store.queue.places(slots=1)
     assert [places[j.id].position for j in (resumed, later)] == [1, 2]
     again = store.attempts.begin(resumed, "second")
     assert (again.attempt, store.newest_checkpoints(job.id)) == (2, ["/c/4"])
@@ -138,7 +138,7 @@ def test_a_driver_without_space_pauses_its_job_and_the_user_resumes_it(store: St
     paused = store.drivers.transition(bearer, "paused", error=error)
     assert (paused.state, paused.desired, paused.error) == ("paused", "pause", None)
     assert store.drivers.transition(bearer, "paused", error=error).version == paused.version  # said again
-    last = store.jobs.events_page(job.id, limit=1).data[0]
+    last = store.events.page(job.id, limit=1).data[0]
     assert (last.level, last.data["error"]["code"]) == ("error", "disk_full")
     assert "9 bytes" in last.message
     assert store.jobs.resume(job.id).state == "queued"
@@ -151,5 +151,5 @@ def test_a_driver_without_space_while_a_pause_was_asked_for_pauses_once(store: S
     store.jobs.pause(job.id)
     paused = store.drivers.transition(bearer, "paused", error={"code": "disk_full", "message": "no space."})
     assert paused.state == "paused"
-    states = [e.data.get("state") for e in store.jobs.events_after(job.id, 0)]
+    states = [e.data.get("state") for e in store.events.after(job.id, 0)]
     assert states[-2:] == ["pausing", "paused"] and states.count("pausing") == 1

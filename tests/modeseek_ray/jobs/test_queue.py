@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeseek_ray.jobs import job_store
+from modeseek_ray.jobs import queue_store
 from modeseek_ray.jobs.queue import Place, places, startable
 from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
 from modeseek_ray.jobs.records import JobRecord
@@ -123,16 +123,16 @@ def test_places_are_kept_until_something_is_written(
     store: Store, helpers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []
-    look = store.jobs._find_places
-    monkeypatch.setattr(store.jobs, "_find_places", lambda slots: looks.append(slots) or look(slots))
+    look = store.queue._find_places
+    monkeypatch.setattr(store.queue, "_find_places", lambda slots: looks.append(slots) or look(slots))
     first = helpers.queue(store, "ftjob-first")
     for _ in range(3):
-        assert store.jobs.places(slots=1) == {first.id: Place(1, 0.0)}
-    assert store.jobs.places(slots=2) and looks == [1, 2]
+        assert store.queue.places(slots=1) == {first.id: Place(1, 0.0)}
+    assert store.queue.places(slots=2) and looks == [1, 2]
     second = helpers.queue(store, "ftjob-second")
-    assert list(store.jobs.places(slots=1)) == [first.id, second.id]
+    assert list(store.queue.places(slots=1)) == [first.id, second.id]
     store.jobs.cancel(first.id)
-    assert list(store.jobs.places(slots=1)) == [second.id]
+    assert list(store.queue.places(slots=1)) == [second.id]
 
 
 def test_places_of_a_long_queue_are_good_for_a_moment(
@@ -141,21 +141,21 @@ def test_places_of_a_long_queue_are_good_for_a_moment(
     """A look that takes 0.1 s of a core is not repeated within a second."""
     clock = SimpleNamespace(now=0.0, worked=0.0)
     clock.monotonic, clock.thread_time = lambda: clock.now, lambda: clock.worked
-    monkeypatch.setattr(job_store, "time", clock)
-    look = store.jobs._find_places
+    monkeypatch.setattr(queue_store, "time", clock)
+    look = store.queue._find_places
 
     def long_look(slots: int) -> dict[str, Place]:
         clock.worked += 0.1
         return look(slots)
 
-    monkeypatch.setattr(store.jobs, "_find_places", long_look)
+    monkeypatch.setattr(store.queue, "_find_places", long_look)
     first = helpers.queue(store, "ftjob-first")
-    assert list(store.jobs.places(slots=1)) == [first.id]
+    assert list(store.queue.places(slots=1)) == [first.id]
     second = helpers.queue(store, "ftjob-second")
     clock.now = 0.9
-    assert list(store.jobs.places(slots=1)) == [first.id]
+    assert list(store.queue.places(slots=1)) == [first.id]
     clock.now = 1.1
-    assert list(store.jobs.places(slots=1)) == [first.id, second.id]
+    assert list(store.queue.places(slots=1)) == [first.id, second.id]
 
 
 def test_the_typical_length_is_that_of_jobs_that_ended(store: Store, helpers: Any, clock: Any) -> None:
@@ -166,7 +166,7 @@ def test_the_typical_length_is_that_of_jobs_that_ended(store: Store, helpers: An
         store.drivers.transition(bearer, "succeeded")
     helpers.start(store, "ftjob-three")
     waiting = helpers.queue(store, "ftjob-four")
-    assert store.jobs.places(slots=1)[waiting.id] == Place(1, 200.0)
+    assert store.queue.places(slots=1)[waiting.id] == Place(1, 200.0)
 
 
 async def test_priority_and_limit_of_a_tenant_decide_who_starts(

@@ -229,7 +229,7 @@ async def test_a_job_waits_for_room_as_long_as_it_takes(scene: Scene, helpers: A
         await give_up(scene, "no_resources")
     job = scene.store.jobs.get("ftjob-one")
     assert (job.state, job.attempt, job.fruitless_attempts) == ("starting", 6, 0)
-    said = [event.message for event in scene.store.jobs.events_after("ftjob-one", 0)]
+    said = [event.message for event in scene.store.events.after("ftjob-one", 0)]
     assert "Attempt 5 was lost: no_resources: what it said." in said
     await give_up(scene, "worker_died")
     await give_up(scene, "no_resources")

@@ -65,7 +65,7 @@ async def test_events_of_a_driver_killed_while_the_service_was_away_are_found_la
     await reconciler.reconcile()
     while tasks := list(reconciler._tasks.values()):
         await asyncio.wait(tasks)
-    events = store.jobs.events_after(job.id, 0)
+    events = store.events.after(job.id, 0)
     assert [event.sequence for event in events] == list(range(1, len(events) + 1))
     of_driver = [event.message for event in events if event.message.startswith("step")]
     assert of_driver == ["step 1", "step 2", "step 3", "step 4"]

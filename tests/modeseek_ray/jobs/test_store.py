@@ -37,7 +37,7 @@ def store_url(either_url: str) -> str:
 
 
 def sequences(store: Store, job_id: str) -> list[int]:
-    return [event.sequence for event in store.jobs.events_after(job_id, 0, limit=10_000)]
+    return [event.sequence for event in store.events.after(job_id, 0, limit=10_000)]
 
 
 def test_migrations_lead_to_the_schema_in_the_code(store: Store) -> None:
@@ -139,14 +139,14 @@ def test_one_of_many_writers_wins_a_transition(store: Store, helpers: Any) -> No
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(race, range(8))) == 1
     assert store.jobs.get(job.id).version == job.version + 1
-    assert [e.message for e in store.jobs.events_after(job.id, 0)].count("won") == 1
+    assert [e.message for e in store.events.after(job.id, 0)].count("won") == 1
 
 
 def test_events_are_gapless_under_threads(store: Store, helpers: Any) -> None:
     job = helpers.submit(store)
 
     def add(i: int) -> None:
-        store.jobs.add_event(job.id, EventDraft(f"event {i}"))
+        store.events.add(job.id, EventDraft(f"event {i}"))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(add, range(100)))
@@ -177,7 +177,7 @@ def test_the_end_is_the_end(store: Store, helpers: Any) -> None:
     for attempt in attempts:
         with pytest.raises((IllegalTransitionError, StaleFenceError)):
             attempt()
-    store.jobs.add_event(job.id, EventDraft("late"))
+    store.events.add(job.id, EventDraft("late"))
     assert store.jobs.get(job.id) == done
     assert sequences(store, job.id) == history
 
@@ -240,7 +240,7 @@ def test_driver_events_are_stored_once_and_in_order(store: Store, helpers: Any) 
     assert send(2, 3) == 3  # 2 was acknowledged, but the answer was lost
     assert send(5) == 3  # 4 is missing: not stored before it
     assert send(5, 4) == 5
-    stored = store.jobs.events_after(job.id, begun)
+    stored = store.events.after(job.id, begun)
     assert [e.message for e in stored] == ["e1", "e2", "e3", "e4", "e5"]
 
 
@@ -276,10 +276,10 @@ def test_cancel_of_a_running_job_asks_its_driver(store: Store, helpers: Any) -> 
 
 def test_queue_positions_follow_acceptance(store: Store, helpers: Any) -> None:
     queued = [helpers.queue(store, f"ftjob-{i}") for i in range(3)]
-    places = store.jobs.places(slots=1)
+    places = store.queue.places(slots=1)
     assert [places[job.id].position for job in queued] == [1, 2, 3]
     store.jobs.cancel(queued[0].id)
-    assert store.jobs.places(slots=1)[queued[2].id].position == 2
+    assert store.queue.places(slots=1)[queued[2].id].position == 2
 
 
 def test_pages_meet_without_overlap(store: Store, helpers: Any) -> None:

@@ -221,7 +221,7 @@ class StoreMachine(RuleBasedStateMachine):
         job = self.any_job(data)
         found: list[int] = []
         while True:
-            page = self.store.jobs.events_page(job.id, before=found[-1] if found else None, limit=limit)
+            page = self.store.events.page(job.id, before=found[-1] if found else None, limit=limit)
             found += [event.sequence for event in page.data]
             if not page.has_more:
                 break
@@ -369,7 +369,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert seen == (job.state, job.desired, job.version, job.fence, len(job.attempts))
         assert (record.committed_step, record.last_event) == (job.committed, len(job.history))
         assert (record.finished_at is not None) == (job.state in TERMINAL)
-        events = self.store.jobs.events_after(job.id, 0, limit=10_000)
+        events = self.store.events.after(job.id, 0, limit=10_000)
         assert [event.sequence for event in events] == list(range(1, len(job.history) + 1))
         assert [event.data.get("state", event.message) for event in events] == job.history
         kept = [(c.step, c.attempt) for c in self.store.jobs.checkpoints(job.id, limit=1000).data]

@@ -63,7 +63,7 @@ def test_a_stream_shows_what_happens_as_it_happens_and_ends_with_the_job(service
     asyncio.run(drive())
     reader.join(timeout=60)
     assert not reader.is_alive()
-    stored = [event.id for event in service.store.jobs.events_after(job_id, 0)]
+    stored = [event.id for event in service.store.events.after(job_id, 0)]
     assert [event["id"] for event in seen] == stored
     assert [event["message"] for event in seen if event["type"] == "metrics"] == [
         f"m{i}" for i in range(1, 51)
@@ -121,7 +121,7 @@ def test_listeners_that_leave_are_forgotten(service: Any, until: Any) -> None:
     job_id = service.submit()
     notifier_figure = "modeseek_event_streams 0.0"
     read_stream(service, job_id, count=1)
-    service.store.jobs.add_event(job_id, EventDraft("something to send"))
+    service.store.events.add(job_id, EventDraft("something to send"))
 
     def gone() -> bool:
         with service.http() as http:
@@ -137,9 +137,9 @@ def test_our_client_survives_connections_that_break(service: Any, every: int) ->
     job_id = service.submit()
     service.driver(job_id)
     for i in range(10):
-        service.store.jobs.add_event(job_id, EventDraft(f"e{i}"))
+        service.store.events.add(job_id, EventDraft(f"e{i}"))
     finish(service, job_id)
-    stored = [event.id for event in service.store.jobs.events_after(job_id, 0)]
+    stored = [event.id for event in service.store.events.after(job_id, 0)]
     with Client(service.url) as client:
         client._http = httpx.Client(base_url=service.url, transport=Cutting(every), trust_env=False)
         assert [event["id"] for event in client.stream(job_id)] == stored
@@ -185,7 +185,7 @@ def test_events_are_pushed_not_polled(service: Any) -> None:
         )
         started = time.monotonic()
         for i in range(20):
-            service.store.jobs.add_event(job_id, EventDraft(f"pushed {i}"))
+            service.store.events.add(job_id, EventDraft(f"pushed {i}"))
             while next(messages) != f"pushed {i}":
                 pass  # what was there before
         assert time.monotonic() - started < 150

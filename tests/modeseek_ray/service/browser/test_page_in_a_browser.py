@@ -236,7 +236,7 @@ def test_a_cut_stream_goes_on_where_it_was(service: Any, open_page: Open) -> Non
     story.train(20)
     page.context.set_offline(False)
     expect(page.locator(".facts")).to_contain_text("20 of 150")
-    stored = len(list(service.store.jobs.events_after(story.id, 0)))
+    stored = len(list(service.store.events.after(story.id, 0)))
     expect(page.get_by_text(f"{stored} events.")).to_be_visible(timeout=30_000)
 
 
