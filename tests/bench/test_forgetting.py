@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import pytest
 
 from modeseek_ray.playground import new_task
 from modeseek_ray.weights import Weighting
-from tests.bench.forgetting import analysis, study, world
+from tests.bench.forgetting import analysis, drawing, page, study, tables, world
 from tests.bench.forgetting.__main__ import SMALL_METHODS, parser
 from tests.bench.forgetting.methods import DEMONSTRATIONS, FIVE_RATES, LORA_FACTOR, SAMPLES, methods_of
+from tests.bench.forgetting.train import Setting
 
 REPORT = study.report_units("dense")
 
@@ -101,7 +102,7 @@ def run_of(
         "base_seed": unit[0],
         "data_seed": unit[1],
         "is_validation": unit in study.VALIDATION,
-        "setting": {"learning_rate": 1e-3, "weighting": {}},
+        "setting": asdict(Setting({}, 1e-3)),
         "path": rows,
         "extra_cpu_s": 0.0,
         "commit": "c",
@@ -231,3 +232,67 @@ def test_rewards_of_an_answer_by_hand() -> None:
 def test_the_reduced_set_has_the_headline_and_its_loser() -> None:
     assert {"sft", "mode_seeking", "anchored"} <= set(SMALL_METHODS) <= set(methods_of("standard"))
     assert "MODESEEK_HOME" in parser().format_help()
+
+
+@pytest.fixture
+def both(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same runs for the mixture, where anchored keeps what sft keeps; its fifth base is another."""
+    mixture = []
+    for run in runs:
+        name = "sft" if run["method"] == "anchored" else run["method"]
+        twin = next(r for r in runs if r["key"] == run["key"].replace(run["method"], name))
+        path = twin["path"] if run["method"] == "anchored" else run["path"]
+        mixture.append({**run, "key": "moe" + run["key"], "arch": "moe", "path": path})
+    return [*runs, *mixture]
+
+
+def test_the_report_is_one_page_and_one_file_of_both_architectures(
+    both: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    analysis.write_results(both, tmp_path / "results.parquet")
+    written = page.write(tmp_path, tmp_path / "out", tmp_path / "results.parquet")
+    names = {file.name for file in written}
+    assert {"standard-dense-fronts.svg", "standard-moe-fronts.svg", "forgetting.html"} <= names
+    html = (tmp_path / "out" / "forgetting.html").read_text()
+    markdown = (tmp_path / "out" / "tables.md").read_text()
+    for arch, title in tables.ARCHITECTURES.items():
+        assert f"<h2>{title}</h2>" in html and f"(`standard`, {arch})" in markdown
+    assert html.count("<svg") == sum(name.endswith(".svg") for name in names) == 8
+    assert "src=" not in html and "Not run, or not on one whole unit: `long`, `rewards`" in markdown
+
+
+def test_figures_keep_each_methods_own_colour(both: list[dict[str, Any]], tmp_path: Path) -> None:
+    """A palette once made one colour of two methods."""
+    analysis.write_results(both, tmp_path / "results.parquet")
+    page.write(tmp_path, tmp_path / "out", tmp_path / "results.parquet")
+    of_method = dict(zip(methods_of("standard"), drawing.COLORS, strict=True))
+    assert len(set(of_method.values())) == len(of_method)
+    fronts = (tmp_path / "out" / "standard-dense-fronts.svg").read_text()
+    html = (tmp_path / "out" / "forgetting.html").read_text()
+    for name in {run["method"] for run in both}:
+        assert of_method[name] in fronts and of_method[name] in html and f">{name}</text>" in html
+
+
+def test_both_architectures_beside_each_other_say_where_they_agree(both: list[dict[str, Any]]) -> None:
+    says = {row[0]: row[-1] for row in tables.beside(both)}
+    assert says == {
+        "mode_seeking": "both: less",
+        "anchored": "dense more, mixture nothing shown",
+        "flow": "both: more",
+        "shuffled_anchored": "both: more",
+    }
+    assert tables.beside([run for run in both if run["arch"] == "dense"]) == []
+
+
+def test_the_committed_tables_and_page_are_of_the_committed_results() -> None:
+    """Every row of every table of RESULTS.md; and a page that a browser opens at once."""
+    runs = analysis.read_results(tables.HERE / "results.parquet")
+    told = (tables.HERE / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    for arch in tables.ARCHITECTURES:
+        for variant in tables.TITLES:
+            units = analysis.units_of(runs, arch, variant)
+            for line in analysis.headline(runs, arch, variant, units) if units else []:
+                assert f"| {' | '.join(tables.cells(line))} |" in told, (arch, variant, line.method)
+    for row in tables.beside(runs):
+        assert f"| {' | '.join(row)} |" in told
+    assert (tables.HERE / "results" / "forgetting.html").stat().st_size < 1_500_000

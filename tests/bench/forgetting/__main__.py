@@ -51,13 +51,16 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--home", type=Path, default=home, help=f"base models and runs ({home})")
+        return command
+
+    def add_choice(command: argparse.ArgumentParser) -> None:
         command.add_argument("--arch", choices=("dense", "moe"), default="dense", help="base models (dense)")
         command.add_argument(
             "--trials", type=int, default=10, help="of each method's grid, from the middle (10, at least 1)"
         )
-        return command
 
     running = add("run", "Run what is missing, in the protocol's order.")
+    add_choice(running)
     running.add_argument("--piece", choices=PIECES, action="append", help="only these; may be repeated (all)")
     running.add_argument("--methods", nargs="+", help="only these (all); a selection needs all of them")
     running.add_argument(
@@ -66,11 +69,12 @@ def parser() -> argparse.ArgumentParser:
     running.add_argument("--share", default="1/1", metavar="K/N", help="the K-th of N equal shares (1/1)")
     running.add_argument("--device", default="cpu", help="where models train: cpu or cuda (cpu)")
     running.add_argument("--minutes", type=float, help="begin no run after this long")
-    add("show", "How much of each piece is there.")
-    reporting = add("report", "Tables, figures and the page, from the stored runs or from a results file.")
+    add_choice(add("show", "How much of each piece is there."))
+    reporting = add("report", "Tables, figures and one page of both architectures, of what is stored.")
     reporting.add_argument("--out", type=Path, default=Path("forgetting-report"), help="where to write")
     reporting.add_argument("--results", type=Path, help="a results.parquet instead of the stored runs")
     reduced = add("small", "Five methods, five learning rates, one report base: the headline's direction.")
+    add_choice(reduced)
     reduced.add_argument("--out", type=Path, default=Path("build/forgetting-small"), help="where to write")
     reduced.add_argument("--minutes", type=float, default=9.0, help="begin no run after this long (9)")
     reduced.set_defaults(share="1/1", device="cpu")
@@ -197,14 +201,14 @@ def show(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     from tests.bench.forgetting.page import write
 
-    for path in write(options.home, options.out, options.results, arch=options.arch, trials=options.trials):
+    for path in write(options.home, options.out, options.results):
         print(path)
     return 0
 
 
 def small(options: argparse.Namespace) -> int:
     """Validation and report of five methods; then the same table, marked as reduced."""
-    from tests.bench.forgetting.page import small_table
+    from tests.bench.forgetting.tables import small_table
 
     options.trials = min(options.trials, 5)
     deadline = time.monotonic() + 60 * options.minutes

@@ -105,11 +105,13 @@ def hierarchical_bootstrap(by_unit: Mapping[Unit, float], *, draws: int = DRAWS,
     bases = sorted({base for base, _ in by_unit})
     values = [np.array([v for (b, _), v in sorted(by_unit.items()) if b == base]) for base in bases]
     rng = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for i in range(draws):
-        chosen = rng.integers(len(bases), size=len(bases))
-        means[i] = np.mean([rng.choice(values[b], len(values[b])).mean() for b in chosen])
-    low, high = np.percentile(means, [2.5, 97.5])
+    chosen_DB = rng.integers(len(bases), size=(draws, len(bases)))  # D draws, B bases
+    means_DB = np.empty(chosen_DB.shape)
+    for b, of_base in enumerate(values):
+        is_b_DB = chosen_DB == b
+        picks = rng.integers(len(of_base), size=(int(is_b_DB.sum()), len(of_base)))
+        means_DB[is_b_DB] = of_base[picks].mean(1)
+    low, high = np.percentile(means_DB.mean(1), [2.5, 97.5])
     mean = np.mean([v.mean() for v in values])
     return Interval(float(mean), float(low), float(high))
 

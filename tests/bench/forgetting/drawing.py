@@ -1,28 +1,34 @@
-"""The figures of the results page, as PNGs: fronts, forgetting against KL, ESS and gamma, equal compute."""
+"""The figures of the results page, as SVG: fronts, forgetting against KL, ESS and gamma, equal compute.
+
+Lines and few points stay vectors and text stays text; the thousand points of `kl` are one picture inside.
+"""
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from tests.bench.forgetting.analysis import (
+    Line,
     Unit,
     at_target,
     cost_in_baseline_steps,
     fit,
-    headline,
     paths,
     seconds_per_step,
     selected,
 )
 from tests.bench.forgetting.methods import baseline_of, methods_of
-from tests.bench.forgetting.study import TARGET, retention_of, source_of
+from tests.bench.forgetting.study import FOLLOWING, TARGET, retention_of, source_of
 
 CAPTIONS = {
     "fronts": "Old tasks kept against the new one learnt, along the path of each method's selected trial: mean over"
@@ -38,6 +44,7 @@ COLORS = (
     " #56b4bf #d36b93 #b89b4a #8a8f98 #333333 #000000"
 ).split()
 GRID = np.linspace(0.1, 1.0, 37)
+_STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "forgetting"}
 SHOWN_FIRST = (
     "sft",
     "mode_seeking",
@@ -51,24 +58,42 @@ SHOWN_FIRST = (
 
 
 def figures(
-    runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: Sequence[Unit], out: Path
+    runs: Sequence[Mapping[str, Any]],
+    arch: str,
+    variant: str,
+    units: Sequence[Unit],
+    lines: Sequence[Line],
+    out: Path,
 ) -> dict[str, Path]:
-    """Draw all; by name."""
+    """Draw what is shown of this piece, as SVG files; by name. `lines` are its headline's."""
     chosen = _chosen(runs, arch, variant, units)
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(methods_of(variant))}
-    drawn = {
-        "fronts": _fronts(chosen, colors),
-        "headline": _headline(runs, arch, variant, units, chosen, colors),
-        "kl": _kl(chosen, colors),
-        "control": _control(chosen, colors),
-        "compute": _compute(chosen, colors, seconds_per_step(runs, arch), baseline_of(variant)),
-    }
-    files = {}
-    for name, figure in drawn.items():
-        if figure is not None:
-            files[name] = out / f"{variant}-{arch}-{name}.png"
-            figure.savefig(files[name], dpi=100, metadata={"Software": None})
+    with matplotlib.rc_context(_STYLE):
+        drawn = {
+            "fronts": _fronts(chosen, colors),
+            "headline": _headline(lines, chosen, colors),
+        }
+        if (
+            variant not in FOLLOWING
+        ):  # of the others the page has the fit's figures, and the costs are the same
+            drawn |= {
+                "kl": _kl(chosen, colors),
+                "control": _control(chosen, colors),
+                "compute": _compute(chosen, colors, seconds_per_step(runs, arch), baseline_of(variant)),
+            }
+        files = {}
+        for name, figure in drawn.items():
+            if figure is not None:
+                files[name] = out / f"{variant}-{arch}-{name}.svg"
+                files[name].write_text(_svg(figure), encoding="utf-8")
     return files
+
+
+def _svg(figure: Figure) -> str:
+    """The same figure always gives the same bytes; coordinates to a hundredth of a point."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", dpi=100, metadata={"Date": None, "Creator": None})
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", buffer.getvalue())
 
 
 def _chosen(
@@ -122,16 +147,12 @@ def _fronts(chosen: Mapping[str, Sequence[Mapping[str, Any]]], colors: Mapping[s
 
 
 def _headline(
-    runs: Sequence[Mapping[str, Any]],
-    arch: str,
-    variant: str,
-    units: Sequence[Unit],
+    lines: Sequence[Line],
     chosen: Mapping[str, Sequence[Mapping[str, Any]]],
     colors: Mapping[str, str],
 ) -> Figure:
-    lines = headline(runs, arch, variant, units)[::-1]
     figure, axes = _axes(height=0.9 + 0.3 * len(lines))
-    for y, line in enumerate(lines):
+    for y, line in enumerate(lines[::-1]):
         kept = [at_target(run["path"], retention_of(run["path"])) for run in chosen[line.method]]
         known = [k for k in kept if k is not None]
         color = colors[line.method]
@@ -142,7 +163,7 @@ def _headline(
             axes.plot(known, [y] * len(known), "o", color=color, markersize=4, markerfacecolor="none")
             axes.plot(0.01, y, "x", color=color)
             axes.text(0.03, y, f"reached .9 in {line.reached} of {line.units}", va="center", fontsize=8)
-    axes.set_yticks(range(len(lines)), [line.method for line in lines], fontsize=9)
+    axes.set_yticks(range(len(lines)), [line.method for line in lines[::-1]], fontsize=9)
     axes.set(xlim=(0, 1), xlabel="old tasks kept when 90 % of the new one is solved")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return figure
@@ -158,7 +179,15 @@ def _kl(chosen: Mapping[str, Sequence[Mapping[str, Any]]], colors: Mapping[str, 
             for run in of_method
             for row, kept in zip(run["path"], retention_of(run["path"]), strict=True)
         ]
-        axes.plot(*zip(*mine, strict=True), "o", color=colors[name], markersize=3, alpha=0.6, label=name)
+        axes.plot(
+            *zip(*mine, strict=True),
+            "o",
+            color=colors[name],
+            markersize=3,
+            alpha=0.6,
+            label=name,
+            rasterized=True,
+        )
         x += [float(a) for a, _ in mine]
         y += [float(b) for _, b in mine]
     if len(x) < 3:
@@ -187,7 +216,7 @@ def _control(chosen: Mapping[str, Sequence[Mapping[str, Any]]], colors: Mapping[
             rows = [[p for p in run["path"] if p.get(column) is not None] for run in of_method]
             steps = [p["step"] for p in rows[0]]
             values = np.mean([[p[column] for p in of_run] for of_run in rows], axis=0)
-            axes.plot(steps, values, "o-", markersize=3, color=colors[name], label=name)
+            axes.plot(steps, values, color=colors[name], label=name)
         axes.set(xlabel="optimizer step", ylabel=label, ylim=(0, None))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure

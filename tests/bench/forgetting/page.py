@@ -1,42 +1,39 @@
-"""The page of results: tables, figures, one self-contained HTML file, and the reduced set's table."""
+"""The page of results: tables and figures of both architectures in one self-contained HTML file, and as Markdown."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from modeseek_ray.reports.chart import inline
 from modeseek_ray.reports.html import render, write_page
 from tests.bench.forgetting import drawing
 from tests.bench.forgetting.analysis import (
-    Fit,
-    Interval,
     Line,
     Unit,
     headline,
     kl_fits,
     read_results,
-    selected,
     units_of,
     write_results,
 )
-from tests.bench.forgetting.methods import baseline_of, methods_of
-from tests.bench.forgetting.study import PLANNED_TRIALS, Store, report_jobs, report_units, select, source_of
+from tests.bench.forgetting.study import Store
+from tests.bench.forgetting.tables import (
+    ARCHITECTURES,
+    BESIDE_COLUMNS,
+    COLUMNS,
+    TITLES,
+    beside,
+    cells,
+    coverage,
+    kl_sentence,
+    markdown,
+)
 
-TITLES = {
-    "standard": "Near, middle and far right answers",
-    "long": "The same, trained twice as long",
-    "rewards": "Sampled answers with rewards",
-    "far": "Only far answers are right",
-    "noisy": "A tenth of the labels is wrong",
-    "lengths": "Strongly unequal lengths",
-}
-HERE = Path(__file__).parent
 
-
-def write(home: Path, out: Path, results: Path | None, *, arch: str, trials: int) -> list[Path]:
+def write(home: Path, out: Path, results: Path | None) -> list[Path]:
     """Results file, figures, HTML page and Markdown tables under `out`. From `results`, or the stored runs."""
     runs = load(home, results)
     out.mkdir(parents=True, exist_ok=True)
@@ -44,22 +41,28 @@ def write(home: Path, out: Path, results: Path | None, *, arch: str, trials: int
     if results is None:
         write_results(runs, out / "results.parquet")
         written.append(out / "results.parquet")
-    sections, markdown = [_about(runs)], [_about_text(runs)]
-    for variant in TITLES:
-        units = units_of(runs, arch, variant)
-        if not units:
-            markdown.append(f"## {TITLES[variant]} (`{variant}`)\n\nNot run, or not on one whole unit.\n")
-            continue
-        lines = headline(runs, arch, variant, units)
-        figures = drawing.figures(runs, arch, variant, units, out)
-        written += figures.values()
-        sections.append(_section(runs, arch, variant, units, lines, figures))
-        markdown.append(_markdown(runs, arch, variant, units, lines))
+    sections, texts = [_about(runs)], [_about_text(runs)]
+    for arch, title in ARCHITECTURES.items():
+        sections.append(f"<h2>{escape(title)}</h2>")
+        texts.append(f"## {title}\n")
+        for variant in TITLES:
+            units = units_of(runs, arch, variant)
+            if not units:
+                continue
+            lines = headline(runs, arch, variant, units)
+            figures = drawing.figures(runs, arch, variant, units, lines, out)
+            written += figures.values()
+            sections.append(_section(runs, arch, variant, units, lines, figures))
+            texts.append(markdown(runs, arch, variant, units, lines))
+        sections.append(f"<p>{escape(_not_run(runs, arch))}</p>")
+        texts.append(_not_run(runs, arch) + "\n")
+    sections.append(_beside_section(runs))
+    texts.append(_beside_text(runs))
     page = render("base.html.jinja").replace("<title></title>", "<title>Forgetting · modeseek-ray</title>")
-    page = page.replace("default-src 'none';", "default-src 'none'; img-src data:;")
+    page = page.replace("default-src 'none';", "default-src 'none'; img-src data:;")  # `kl`'s points
     body = "<header><h1>Does weighting forget less?</h1></header><main>" + "".join(sections) + "</main>"
     written.append(write_page(out / "forgetting.html", page.replace("<body>\n", f"<body>\n{body}")))
-    (out / "tables.md").write_text("\n".join(markdown), encoding="utf-8")
+    (out / "tables.md").write_text("\n".join(text for text in texts if text), encoding="utf-8")
     return [*written, out / "tables.md"]
 
 
@@ -70,91 +73,10 @@ def load(home: Path, results: Path | None) -> list[dict[str, Any]]:
     return list(Store(home / "bench-forgetting" / "runs.jsonl").rows().values())
 
 
-def describe(setting: Mapping[str, Any]) -> str:
-    """A selected trial in a few words: learning rate and own hyper-parameter."""
-    words = [f"lr {setting['learning_rate']:g}"]
-    weighting = setting["weighting"]
-    gamma = weighting.get("likelihood", {}).get("gamma")
-    if isinstance(gamma, dict):
-        words.append(f"floor {gamma['ess']['floor']:g}")
-    elif gamma is not None:
-        words.append(f"γ {gamma:g}")
-    if "kl" in weighting:
-        words.append(f"coefficient {weighting['kl']['coefficient']:g}")
-    named = {"token": ("gamma", "alpha", "threshold"), "reward": ("beta", "n", "share", "divide_by_std")}
-    for section, names in named.items():
-        words += [f"{n} {weighting[section][n]}" for n in names if n in weighting.get(section, {})]
-    if "clip" in weighting.get("likelihood", {}):
-        words.append(f"clip {weighting['likelihood']['clip'][1]:g}")
-    own = {"lora_rank": "rank", "replay_prior": "prior", "flow_share": "γ × median"}
-    words += [f"{word} {setting[name]:g}" for name, word in own.items() if setting[name] is not None]
-    if setting["batches_at_once"] > 1:
-        words.append(f"{32 * setting['batches_at_once']} rows at once")
-    return ", ".join(words)
-
-
-def cells(line: Line) -> list[str]:
-    """One row of the headline table."""
-    return [
-        line.method,
-        describe(line.setting),
-        f"{line.reached} of {line.units}",
-        "–" if line.retention is None else f"{100 * line.retention:.1f} %",
-        _points(line.difference),
-        _points(line.to_control),
-        _where_both(line),
-        _matched(line),
-        _points(line.matched_control),
-        "–" if line.text_nats is None else f"{line.text_nats:+.2f}",
-        _equal_compute(line),
-        line.verdict,
-    ]
-
-
-COLUMNS = (
-    "method",
-    "selected",
-    "reached .9",
-    "retention at .9",
-    "minus baseline, points [95 %]",
-    "minus shuffled control",
-    "minus baseline where both reached .9",
-    "minus baseline at matched success",
-    "minus control at matched success",
-    "text, nats",
-    "retention at equal compute",
-    "verdict",
-)
-
-
-def _points(interval: Interval | None) -> str:
-    if interval is None:
-        return "–"
-    return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
-
-
-def _where_both(line: Line) -> str:
-    if line.both_reached is None:
-        return "–"
-    interval, units = line.both_reached
-    return f"{_points(interval)} in {units}"
-
-
-def _matched(line: Line) -> str:
-    if line.matched is None or line.matched_success is None:
-        return "–"
-    return f"{_points(line.matched)} at {line.matched_success:.2f}"
-
-
-def _equal_compute(line: Line) -> str:
-    if line.at_equal_compute is None:
-        return "not reached"
-    part = (
-        ""
-        if line.reached_at_equal_compute == line.units
-        else f" ({line.reached_at_equal_compute} of {line.units})"
-    )
-    return f"{100 * line.at_equal_compute:.1f} %{part}"
+def _not_run(runs: Sequence[Mapping[str, Any]], arch: str) -> str:
+    """Said of pieces without one whole unit, so that none goes missing in silence."""
+    missing = [f"`{variant}`" for variant in TITLES if not units_of(runs, arch, variant)]
+    return f"Not run, or not on one whole unit: {', '.join(missing)}." if missing else "All pieces were run."
 
 
 def _about_text(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -180,50 +102,6 @@ def _about(runs: Sequence[Mapping[str, Any]]) -> str:
     return f"<p class='lead'>{escape(text)}</p>"
 
 
-def _coverage(runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: Sequence[Unit]) -> str:
-    source = source_of(variant)
-    trials, common = selected(runs, arch, source)
-    ran = {r["method"] for r in runs if r["variant"] == variant and not r["is_validation"]}
-    missing = [name for name in methods_of(variant) if name not in trials or name not in ran]
-    units_text = ", ".join(f"{base}.{data}" for base, data in units)
-    text = (
-        f"Report units (base.data): {units_text} of {len(report_units(arch))} planned;"
-        f" {common} trials of each method of {PLANNED_TRIALS[arch]} planned."
-    )
-    return text + (f" Not run: {', '.join(missing)}." if missing else " All methods were run.")
-
-
-def _markdown(
-    runs: Sequence[Mapping[str, Any]], arch: str, variant: str, units: Sequence[Unit], lines: Sequence[Line]
-) -> str:
-    rows = ["| " + " | ".join(cells(line)) + " |" for line in lines]
-    fits = kl_fits(runs, arch, variant)
-    return "\n".join(
-        [
-            f"## {TITLES[variant]} (`{variant}`, {arch})",
-            "",
-            _coverage(runs, arch, variant, units) + f" Baseline: `{baseline_of(variant)}`.",
-            "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|---" * len(COLUMNS) + "|",
-            *rows,
-            "",
-            _kl_sentence(fits),
-            "",
-        ]
-    )
-
-
-def _kl_sentence(fits: Mapping[str, Fit]) -> str:
-    if not fits:
-        return ""
-    own = ", ".join(f"{n} {f.r_squared:.2f}" for n, f in fits.items() if n not in ("kl", "sqrt"))
-    return (
-        f"Forgetting against forward KL on new prompts, {fits['kl'].points} evaluations of all methods: R² "
-        f"{fits['kl'].r_squared:.2f} in KL, {fits['sqrt'].r_squared:.2f} in its root; within methods (root): {own}."
-    )
-
-
 def _section(
     runs: Sequence[Mapping[str, Any]],
     arch: str,
@@ -232,48 +110,35 @@ def _section(
     lines: Sequence[Line],
     figures: Mapping[str, Path],
 ) -> str:
-    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in COLUMNS)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells(line)) + "</tr>" for line in lines)
     pictures = "".join(
-        f"<figure style='max-width:46rem'><img style='width:100%' alt='{escape(caption)}' src='{_data(figures[name])}'>"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        "<figure style='max-width:46rem'>"
+        + inline(figures[name].read_text(encoding="utf-8"), name=f"{variant}-{arch}-{name}", label=caption)
+        + f"<figcaption>{escape(caption)}</figcaption></figure>"
         for name, caption in drawing.CAPTIONS.items()
         if name in figures
     )
     return (
-        f"<section><h2>{escape(TITLES[variant])}</h2><p>{escape(_coverage(runs, arch, variant, units))}</p>"
-        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        f"<p>{escape(_kl_sentence(kl_fits(runs, arch, variant)))}</p><div class='figures'>{pictures}</div></section>"
+        f"<section><h3>{escape(TITLES[variant])} ({variant})</h3><p>{escape(coverage(runs, arch, variant, units))}</p>"
+        f"<div class='scroll'>{_table(COLUMNS, [cells(line) for line in lines])}</div>"
+        f"<p>{escape(kl_sentence(kl_fits(runs, arch, variant)))}</p><div class='figures'>{pictures}</div></section>"
     )
 
 
-def _data(file: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+def _beside_text(runs: Sequence[Mapping[str, Any]]) -> str:
+    rows = beside(runs)
+    if not rows:
+        return ""
+    table = [BESIDE_COLUMNS, ["---"] * len(BESIDE_COLUMNS), *rows]
+    return "## Both beside each other (`standard`)\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
-def small_table(
-    home: Path, arch: str, trials: int, methods: Sequence[str], selected_on: Unit, reported: Unit
-) -> str:
-    """Retention at success .9 of the reduced set's methods, beside what the full results say of them."""
-    from tests.bench.forgetting.analysis import at_target
-    from tests.bench.forgetting.study import retention_of
+def _beside_section(runs: Sequence[Mapping[str, Any]]) -> str:
+    rows = beside(runs)
+    table = f"<div class='scroll'>{_table(BESIDE_COLUMNS, rows)}</div>"
+    return f"<section><h2>Both beside each other (standard)</h2>{table}</section>" if rows else ""
 
-    rows = Store(home / "bench-forgetting" / "runs.jsonl").rows()
-    chosen = select(arch, "standard", rows, trials, methods, [selected_on])
-    committed = HERE / "results.parquet"
-    full: dict[str, Line] = {}
-    if committed.exists():
-        runs = read_results(committed)
-        full = {x.method: x for x in headline(runs, arch, "standard", units_of(runs, arch, "standard"))}
-    lines = [f"{'method':14}{'selected':28}{'retention at success .9':>25}{'full results':>14}"]
-    for job in report_jobs(arch, "standard", chosen, [reported]):
-        row = rows.get(job.key)
-        if row is None:
-            continue
-        kept = at_target(row["path"], retention_of(row["path"]))
-        here = "never reached" if kept is None else f"{100 * kept:.0f} %"
-        there = full.get(job.method)
-        known = "–" if there is None or there.retention is None else f"{100 * there.retention:.0f} %"
-        lines.append(f"{job.method:14}{describe(row['setting']):28}{here:>25}{known:>14}")
-    note = "One base, one data seed: the direction, not the size. PROTOCOL.md has the rest."
-    return "\n".join([*lines, note])
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
