@@ -12,6 +12,7 @@ import pytest
 
 from modeseek_ray.playground import new_task
 from modeseek_ray.weights import Weighting
+from tests.bench.forgetting import __main__ as command
 from tests.bench.forgetting import analysis, drawing, page, study, tables, world
 from tests.bench.forgetting.__main__ import SMALL_METHODS, parser
 from tests.bench.forgetting.methods import DEMONSTRATIONS, FIVE_RATES, LORA_FACTOR, SAMPLES, methods_of
@@ -214,6 +215,23 @@ def test_results_come_back_from_their_file(runs: list[dict[str, Any]], tmp_path:
     assert analysis.headline(again, "dense", "standard", [(5, 1)]) == analysis.headline(
         runs, "dense", "standard", [(5, 1)]
     )
+
+
+def test_a_share_reports_only_on_what_all_shares_have_selected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other share still has one validation run to do: a choice among fewer trials would be another."""
+    titles: list[str] = []
+    monkeypatch.setattr(command, "work", lambda *given: titles.append(given[-1]) or True)
+    words = ["run", "--home", str(tmp_path), "--trials", "2", "--share", "1/2", "--piece", "standard"]
+    options = parser().parse_args([*words, "--methods", "sft", "dft"])
+    jobs = [j for j in study.validation_jobs("dense", "standard", 2) if j.method in ("sft", "dft")]
+    store = command.store_of(tmp_path)
+    for job in jobs[:-1]:
+        store.add({"key": job.key, "path": run_of(job.method, job.trial, (1, 0), 0.5)["path"]})
+    assert command.run(options) == 0 and titles == ["standard: validation"]
+    store.add({"key": jobs[-1].key, "path": run_of("dft", 1, (2, 0), 0.5)["path"]})
+    assert command.run(options) == 0 and titles[1:] == ["standard: validation", "standard: report"]
 
 
 def test_bootstrap_of_three_bases_spans_them() -> None:

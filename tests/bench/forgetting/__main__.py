@@ -110,6 +110,11 @@ def _do(
         jobs = list(study.validation_jobs(options.arch, piece, options.trials, chosen_on))
         if not work(_chosen(options, jobs, methods), store, options, deadline, f"{piece}: validation"):
             return False
+        missing = _of_methods(jobs, methods) - set(store.rows())
+        if missing:  # a selection among fewer trials would be another one
+            left = f"{piece}: {len(missing)} validation runs of other shares are missing"
+            print(f"{left}; start this again once they are done", file=sys.stderr)
+            return True
     report_units = [unit for unit in study.report_units(options.arch) if not units or unit in units]
     if not report_units:
         return True
@@ -128,6 +133,11 @@ def _chosen(options: argparse.Namespace, jobs: Sequence[Any], methods: Sequence[
     return [job for job in jobs if methods is None or job.method in methods][mine - 1 :: shares]
 
 
+def _of_methods(jobs: Sequence[Any], methods: Sequence[str] | None) -> set[str]:
+    """Keys of the jobs with these methods, all shares."""
+    return {job.key for job in jobs if methods is None or job.method in methods}
+
+
 def work(
     jobs: Sequence[Any], store: Any, options: argparse.Namespace, deadline: float | None, title: str
 ) -> bool:
@@ -138,7 +148,8 @@ def work(
 
     torch.set_num_threads(1)
     units: dict[Any, Unit] = {}
-    for job in _with_bar([j for j in jobs if j.key not in store.rows()], title):
+    stored = store.rows()
+    for job in _with_bar([j for j in jobs if j.key not in stored], title):
         if deadline is not None and time.monotonic() > deadline:
             return False
         if job.key in store.rows():  # another process was faster

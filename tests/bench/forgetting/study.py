@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -286,8 +287,9 @@ def select(
     return {name: max(range(common), key=lambda t: scores[t]) for name, scores in seen.items()}
 
 
+@cache
 def _code() -> str:
-    """Hash of the code that decides results; comments and layout do not count."""
+    """Hash of the code that decides results, as this process has it; comments and layout do not count."""
     digest = hashlib.sha256()
     for source in SOURCES:
         tree = ast.parse((Path(__file__).parent / source).read_text(encoding="utf-8"))
