@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import platform
 
+from torch import Tensor, nn
+
 LEAST_BYTES = 128 * 2**20
+LARGE_EMBEDDINGS_BYTES = 64 * 2**20
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -38,3 +41,17 @@ def return_freed_memory() -> None:
         if libc.mallinfo2().fordblks < LEAST_BYTES:
             return
     libc.malloc_trim(0)
+
+
+def return_memory_at_embeddings(embeddings: nn.Module) -> None:
+    """Do so wherever a backward pass reaches large embeddings: their gradient is as large as they are, comes
+    last, and finds no room in the freed activations, which are many small blocks."""
+    weight: Tensor = embeddings.weight  # type: ignore[assignment]
+    if not weight.requires_grad or weight.numel() * weight.element_size() < LARGE_EMBEDDINGS_BYTES:
+        return
+
+    def watch(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda _gradient: return_freed_memory())
+
+    embeddings.register_forward_hook(watch)

@@ -1,7 +1,7 @@
 """How far the parameters have moved from the start: the norm of theta - theta_0 over the whole model.
 
 Of the weights the model computes with (and is exported with): in bfloat16 these, not the float32 master
-copy. theta_0 is kept in host memory, an equal share of every parameter on each rank. With LoRA nothing
+copy. theta_0 is kept in a file, an equal share of every parameter on each rank. With LoRA nothing
 is kept: theta_0 is the model with its adapters off, and the distance is that of the merged weights, the
 norm of alpha/r B A, so that it compares with a full fine-tuning's.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from actors.engine import ZeroEngine
 from actors.lora import is_adapted
+from actors.shelf import Shelf
 
 
 class StartWeights:
@@ -28,11 +29,10 @@ class StartWeights:
         self._model = model
         self._rank, self._world_size = rank, world_size
         self._adapters = [m for m in model.modules() if isinstance(m, LoraLayer)] if is_adapted(model) else []
-        self._share: dict[str, Tensor] = {}
+        self._share = Shelf()
         if not self._adapters:
-            self._share = {
-                name: self._own(tensor).to("cpu", copy=True) for name, tensor in self._parameters()
-            }
+            for name, tensor in self._parameters():
+                self._share.put(name, self._own(tensor))
 
     @torch.no_grad()
     def distance(self) -> float:
@@ -41,7 +41,7 @@ class StartWeights:
             return math.sqrt(sum(self._adapter_square(adapter) for adapter in self._adapters))
         own = 0.0
         for name, tensor in self._parameters():
-            start = self._share[name].to(tensor.device)
+            start = self._share.get(name).to(tensor.device)
             own += _square(self._own(tensor).float() - start.float())
         return math.sqrt(sum(self._engine.collect(own)))
 

@@ -90,8 +90,7 @@ def deepspeed_config(
                 "lr": 0.0,
                 "weight_decay": training.weight_decay,
                 "torch_adam": True,
-                # One pass over memory instead of one for each operation, on the card as on its host.
-                **({"fused": True} if cuda else {}),
+                "fused": True,  # one pass over memory instead of one for each operation
             },
         },
         "zero_optimization": zero,
@@ -154,6 +153,11 @@ class ZeroEngine:
         module: nn.Module = self._engine.module
         return module
 
+    @property
+    def loss_scale(self) -> float:
+        """What `backward` multiplies a loss by."""
+        return float(self._world_size)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
@@ -164,7 +168,7 @@ class ZeroEngine:
         accumulation steps; both are undone. All ranks call this equally often, `last` on the final one.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
+        self._engine.backward(loss * self.loss_scale, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
         """Clip and apply the gradients. Returns their global norm before clipping.

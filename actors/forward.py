@@ -41,6 +41,11 @@ _DUMMY = Sample(row=-1, token_ids_T=np.zeros(2, dtype=np.int32), trained_T=np.ar
 _NO_SAMPLES: IntArray = np.zeros(0, dtype=np.int64)
 
 
+# The gradient of the loss by a micro-batch's log-probabilities, [M] float32, or None where it is not known before
+# them. Of the micro-batch's samples (`index_B`; none for a dummy) and the micro-batch.
+Announce = Callable[[IntArray, Batch], Tensor | None]
+
+
 @dataclass(frozen=True)
 class Routing:
     """Which experts an MoE model's pass asks: those of `replayed_N` (wire form, one entry per sample of the
@@ -158,19 +163,28 @@ class ForwardPasses:
         routing: Routing = LIVE_ROUTING,
         *,
         log_reference: bool = False,
+        announce: Announce | None = None,
     ) -> Iterator[Forward]:
-        """With gradient, in training mode, one at a time. `log_reference` asks for pi_0's log-probabilities."""
+        """With gradient, in training mode, one at a time. `log_reference` asks for pi_0's log-probabilities,
+        `announce` says what the loss sends back, where that is known before the pass."""
         statistics = self._objective.token_factor == "eaft"
         for index_B in cuts:
             part = self._part(samples, index_B)
             reference, log_reference_M = self._reference(part, log_reference)
             self._module.train()
+            announced_M = None
+            if announce is not None and self._sequence.size == 1:
+                announced_M = announce(index_B, part.whole)
             watching: AbstractContextManager[list[Tensor]] = nullcontext([])
             if self._balancing is not None:
                 watching = self._balancing.watching()
             with self._routed(index_B, part, routing, watch=True) as observed, watching as logits:
                 scores = self._engine.forward(
-                    *part.inputs, entropy=True, statistics=statistics, reference=reference
+                    *part.inputs,
+                    entropy=True,
+                    statistics=statistics,
+                    reference=reference,
+                    announced_M=announced_M,
                 )
             forward = Forward(index_B, part.whole, part.scores(scores), log_reference_M)
             if self._balancing is not None:

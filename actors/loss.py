@@ -14,11 +14,12 @@ from torch import Tensor
 
 from actors.begun import Past, log_old, log_past
 from actors.forward import Forward
+from modeseek_ray.objectives.collate import Batch
 from modeseek_ray.objectives.deltas import DeltaSums
 from modeseek_ray.objectives.factors import TokenEvidence, token_factor
 from modeseek_ray.objectives.loss import weighted_loss_sum
 from modeseek_ray.objectives.ratios import clip_factor, delta_sums, mismatch_factor
-from modeseek_ray.types import Objective, StepPlan
+from modeseek_ray.types import IntArray, Objective, StepPlan
 
 
 class Share(NamedTuple):
@@ -45,8 +46,7 @@ def loss_share(
     """
     batch, scores = forward.batch, forward.scores
     log_prob_M = scores.log_prob_M.detach()
-    values = np.zeros(1) if forward.is_dummy else plan.values_N[forward.index_B].astype(np.float64)
-    values_B = torch.from_numpy(values).to(log_prob_M.device)
+    values_B = _values(plan, forward.index_B, log_prob_M.device)
     log_past_M = None if past_N is None or forward.is_dummy else log_past(past_N, forward)
     ratio = DeltaSums()
     factor_M = None
@@ -97,6 +97,35 @@ def loss_share(
         loss = loss + objective.router_aux_loss_coef * share
         balance = float(share.detach())
     return Share(loss, ratio, balance)
+
+
+def announced_gradient(
+    objective: Objective, plan: StepPlan, index_B: IntArray, batch: Batch, scale: float
+) -> Tensor | None:
+    """What `loss_share`, times `scale`, will send back to the micro-batch's log-probabilities, [M] float32.
+
+    None where it depends on them: then a forward pass has to come first. Autograd itself computes it, on zeros in
+    their place, so that the bits are those of the backward pass.
+    """
+    if objective.token_factor != "none" or objective.clip is not None or objective.mismatch is not None:
+        return None
+    probe_M = torch.zeros(len(batch.target_M), device=batch.target_M.device, requires_grad=True)
+    loss = weighted_loss_sum(
+        probe_M,
+        batch.sample_M,
+        _values(plan, index_B, probe_M.device),
+        None,
+        batch.num_tokens_B,
+        objective.aggregation,
+        plan.denominator,
+    )
+    return torch.autograd.grad(loss * scale, probe_M)[0]
+
+
+def _values(plan: StepPlan, index_B: IntArray, device: torch.device) -> Tensor:
+    """The micro-batch's weights, float64; a dummy's is zero."""
+    values_B = plan.values_N[index_B].astype(np.float64) if len(index_B) else np.zeros(1)
+    return torch.from_numpy(values_B).to(device)
 
 
 def _times(factor_M: Tensor | None, other_M: Tensor) -> Tensor:

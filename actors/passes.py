@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from actors.begun import Past, require
 from actors.engine import ZeroEngine
-from actors.forward import LIVE_ROUTING, Forward, ForwardPasses, Routing, fingerprint
+from actors.forward import LIVE_ROUTING, Announce, Forward, ForwardPasses, Routing, fingerprint
 from modeseek_ray.errors import ConfigError
 from modeseek_ray.types import Sample
 
@@ -74,7 +74,7 @@ class StepPasses:
         return self._passes.infer(samples, routing=Routing([s.start_routes_TLK for s in samples]))
 
     def of_step(
-        self, samples: Sequence[Sample], past_N: Sequence[Past] | None
+        self, samples: Sequence[Sample], past_N: Sequence[Past] | None, announce: Announce
     ) -> tuple[int, Iterator[Forward]]:
         """How many micro-batches, and their passes: the kept ones if they are of these samples.
 
@@ -88,7 +88,7 @@ class StepPasses:
         if self._replay == "R2" and past_N is not None:
             routing = Routing([past.routes_TLK for past in past_N])
         cuts = self._passes.cut(samples)
-        return len(cuts), self._passes.train(samples, cuts, routing)
+        return len(cuts), self._passes.train(samples, cuts, routing, announce=announce)
 
     def _sampler_routing(self, samples: Sequence[Sample]) -> Routing:
         if self._replay != "R3":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from actors import modeling
-from actors.allocator import return_freed_memory
+from actors.allocator import return_memory_at_embeddings
 from actors.attention import make_repeatable
 from actors.begun import Begun, Measured, compared_with_writers, require
 from actors.distance import StartWeights
@@ -25,7 +27,7 @@ from actors.engine import COLLECTIVE_TIMEOUT, ZeroEngine, deepspeed_config, join
 from actors.export import write_export
 from actors.forward import ForwardPasses, Routing, log_probs, needs_reference
 from actors.lora import adapters_off
-from actors.loss import loss_share
+from actors.loss import announced_gradient, loss_share
 from actors.messages import RankBeginning, RankEvaluation, RankReport
 from actors.passes import StepPasses
 from actors.rng import seed_everything
@@ -36,9 +38,10 @@ from actors.ulysses import parallelise, probe, verify
 from actors.weight_chunks import ChunkFacts, WeightChunk
 from actors.weights_out import token_log_probs, weight_chunks
 from modeseek_ray.errors import ConfigError, NumericsError
-from modeseek_ray.objectives.model import ScoringModel
+from modeseek_ray.objectives.collate import Batch
+from modeseek_ray.objectives.model import ScoringModel, unwrap
 from modeseek_ray.routing.hooks import record_routes
-from modeseek_ray.types import FloatArray, Sample, StepPlan
+from modeseek_ray.types import FloatArray, IntArray, Sample, StepPlan
 
 if TYPE_CHECKING:
     from actors.ipc_transfer import IpcLender
@@ -64,6 +67,8 @@ class Policy:
         join(rank, world_size, cuda=on_gpu)
         seed_everything(spec.seed)  # alike on every rank: adapters start from the same random matrices
         self._module = self._build()
+        if not on_gpu:
+            return_memory_at_embeddings(unwrap(self._module.model).get_input_embeddings())
         self._counts = [
             sum(p.numel() for p in self._module.parameters() if p.requires_grad or not trainable)
             for trainable in (False, True)
@@ -209,7 +214,7 @@ class Policy:
         ):
             past_N = compared_with_writers(samples, past_N, plan.step)
         seconds, self._seconds = self._seconds, Seconds()
-        count, forwards = self._step_passes.of_step(samples, past_N)
+        count, forwards = self._step_passes.of_step(samples, past_N, partial(self._announce, plan))
         num_tokens = self._total(sum(s.num_tokens for s in samples))
         num_positions = 0
         if self._spec.objective.router_aux_loss_coef > 0:
@@ -225,12 +230,14 @@ class Policy:
             del forward, share  # the graph, before the next one is built
         self._refuse_nonfinite(tally.nonfinite, samples, plan.step, "log-probability")
         with seconds.measure("optimizer"):
-            return_freed_memory()
             grad_norm = self.engine.step(plan.learning_rate)
         if not math.isfinite(grad_norm):
             self._refuse_nonfinite(range(len(samples)), samples, plan.step, "gradient")
         clipped = norm_after_clipping(grad_norm, self._spec.training.max_grad_norm)
         return tally.report(grad_norm, clipped, seconds)
+
+    def _announce(self, plan: StepPlan, index_B: IntArray, batch: Batch) -> Tensor | None:
+        return announced_gradient(self._spec.objective, plan, index_B, batch, self.engine.loss_scale)
 
     def evaluate(self, samples: Sequence[Sample], *, kl: bool) -> RankEvaluation:
         """Sums per sample, without dropout. `kl`: exact KL(pi_0 || pi) and KL(pi || pi_0) of remembered samples."""

@@ -20,6 +20,12 @@ from torch import Tensor
 # Of float32 logits: large enough for an efficient product, small beside a model. The weights are read again
 # for every chunk, and a GPU multiplies faster than it reads.
 CHUNK_BYTES, CHUNK_BYTES_ON_GPU = 64 * 2**20, 512 * 2**20
+# Of those, what is looked at in one go; its log-probabilities take as much memory again. Much smaller blocks would
+# fit a cache, but threads that wait for each other after every small kernel lose more where a machine is shared.
+BLOCK_BYTES, BLOCK_BYTES_ON_GPU = 16 * 2**20, 64 * 2**20
+# Chunks a forward pass may keep, so that its backward pass need not compute them again: all of a small vocabulary's,
+# none on a GPU, whose memory is worth more than the product.
+KEPT_BYTES, KEPT_BYTES_ON_GPU = 256 * 2**20, 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,18 @@ def default_chunk(weight_VD: Tensor) -> int:
     """Positions whose float32 logits fit the chunk of the weight's device."""
     num_bytes = CHUNK_BYTES_ON_GPU if weight_VD.is_cuda else CHUNK_BYTES
     return max(1, num_bytes // (4 * len(weight_VD)))
+
+
+def block_rows(logits_CV: Tensor) -> int:
+    """Positions of one block."""
+    num_bytes = BLOCK_BYTES_ON_GPU if logits_CV.is_cuda else BLOCK_BYTES
+    return max(1, num_bytes // (4 * logits_CV.shape[1]))
+
+
+def kept_positions(weight_VD: Tensor) -> int:
+    """How many positions' float32 logits a forward pass may keep."""
+    num_bytes = KEPT_BYTES_ON_GPU if weight_VD.is_cuda else KEPT_BYTES
+    return num_bytes // (4 * len(weight_VD))
 
 
 def parts(num_positions: int, size: int) -> Iterator[slice]:

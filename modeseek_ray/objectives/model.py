@@ -51,6 +51,7 @@ class ScoringHead(nn.Linear):
         statistics: bool = False,
         reference: Reference | None = None,
         entropy: bool = False,
+        announced_M: Tensor | None = None,
     ) -> Tensor | TokenScores:
         if target_M is None:
             return super().forward(hidden_MD)
@@ -62,6 +63,7 @@ class ScoringHead(nn.Linear):
             temperature=1 / scale,
             entropy=entropy,
             statistics=statistics,
+            announced_M=announced_M,
         )
         if reference is None:
             return scores
@@ -128,6 +130,7 @@ class ScoringModel(nn.Module):
         statistics: bool = False,
         keep_hidden: bool = False,
         reference: Reference | None = None,
+        announced_M: Tensor | None = None,
     ) -> TokenScores:
         """Score `target_M`; `positions_M` indexes B * S at the position that predicts each of them.
 
@@ -136,7 +139,7 @@ class ScoringModel(nn.Module):
 
         `position_ids_BS` says which positions these are where they are not the first of their sequences.
         `entropy` adds the policy's, `statistics` that of its top tokens as well, `keep_hidden` the head's
-        input, `reference` the KL against it.
+        input, `reference` the KL against it. `announced_M` is the loss's gradient where it is known (`token_scores`).
         """
         more = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
         if position_ids_BS is None and not self.heeds_padding:
@@ -145,7 +148,9 @@ class ScoringModel(nn.Module):
             input_ids=input_ids_BS, attention_mask=attention_mask_BS, use_cache=False, **more
         ).last_hidden_state
         hidden_MD = hidden_BSD.flatten(0, 1).index_select(0, positions_M)
-        scores: TokenScores = self.head(hidden_MD, target_M, self.scale, statistics, reference, entropy)
+        scores: TokenScores = self.head(
+            hidden_MD, target_M, self.scale, statistics, reference, entropy, announced_M
+        )
         return scores._replace(hidden_M=hidden_MD.detach()) if keep_hidden else scores
 
 

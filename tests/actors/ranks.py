@@ -213,6 +213,7 @@ def relative_difference(first: dict[str, np.ndarray], second: dict[str, np.ndarr
 # --- inside the processes
 
 _rank: TrainerRank | None = None
+_projections = 0
 
 
 def _serve(pipe: Connection) -> None:
@@ -272,6 +273,29 @@ def capture_gradients(rank: TrainerRank) -> None:
 def captured_gradients(rank: TrainerRank) -> dict[str, np.ndarray]:
     captured: dict[str, np.ndarray] = rank._ready().captured  # type: ignore[attr-defined]
     return captured
+
+
+def count_projections(_: TrainerRank, kept_bytes: int) -> None:
+    """From now on chunks of logits that are computed are counted; so much of them a forward pass may keep."""
+    from modeseek_ray.objectives import head
+
+    global _projections
+    _projections = 0
+    head.KEPT_BYTES = kept_bytes
+    if head.Logits.__call__.__name__ == "counting":
+        return
+    compute = head.Logits.__call__
+
+    def counting(self: Any, part: slice) -> Any:
+        global _projections
+        _projections += 1
+        return compute(self, part)
+
+    head.Logits.__call__ = counting  # type: ignore[method-assign]
+
+
+def projections(_: TrainerRank) -> int:
+    return _projections
 
 
 def parameters(rank: TrainerRank) -> dict[str, np.ndarray]:

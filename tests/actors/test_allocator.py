@@ -6,6 +6,12 @@ import platform
 import subprocess
 import sys
 
+import pytest
+import torch
+from torch import nn
+
+from actors import allocator
+
 # Blocks of 1 MiB, below the limit from which glibc maps a block on its own; one of 256 KiB on top
 # of them keeps the heap from shrinking by itself.
 MEASURE = """
@@ -39,3 +45,18 @@ def test_a_heap_with_holes_shrinks() -> None:
 
 def test_a_small_heap_is_left_alone_because_its_pages_would_be_mapped_again_in_the_next_step() -> None:
     assert returned_mib(64) < 8
+
+
+@pytest.mark.parametrize(("rows", "trained", "returned"), [(300, True, 1), (300, False, 0), (200, True, 0)])
+def test_memory_is_returned_where_the_backward_pass_reaches_large_embeddings(
+    monkeypatch: pytest.MonkeyPatch, rows: int, trained: bool, returned: int
+) -> None:
+    calls = []
+    monkeypatch.setattr(allocator, "return_freed_memory", lambda: calls.append(None))
+    monkeypatch.setattr(allocator, "LARGE_EMBEDDINGS_BYTES", 256 * 8 * 4)
+    embeddings = nn.Embedding(rows, 8).requires_grad_(trained)
+    allocator.return_memory_at_embeddings(embeddings)
+    hidden = embeddings(torch.tensor([1, 2])) * torch.ones(8, requires_grad=True)
+    assert not calls
+    hidden.sum().backward()
+    assert len(calls) == returned
