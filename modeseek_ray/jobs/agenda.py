@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Select, select
+from sqlalchemy import ColumnElement, Connection, Select, select, tuple_
 
 from modeseek_ray.jobs.database import Database
 from modeseek_ray.jobs.queue import startable
-from modeseek_ray.jobs.records import JobRecord
+from modeseek_ray.jobs.records import AttemptRecord, JobRecord
 from modeseek_ray.jobs.states import ATTENDED
-from modeseek_ray.jobs.tables import jobs, tenants
+from modeseek_ray.jobs.tables import attempts, jobs, tenants
 
 _IN_LINE = (jobs.c.priority.desc(), jobs.c.number)
 
@@ -28,6 +28,7 @@ class Agenda:
 
     coming: list[JobRecord]  # to be validated
     attended: list[JobRecord]  # a driver may live
+    attempts: dict[str, AttemptRecord]  # of those, by job: the one it has now
     recovering: list[JobRecord]
     to_pause: list[JobRecord]  # queued, but a pause was asked for meanwhile
     to_start: list[JobRecord]
@@ -45,10 +46,21 @@ def read_agenda(database: Database, *, validations: int, slots: int, aside: Coll
         return Agenda(
             coming=_read(connection, _jobs(coming).limit(validations)),
             attended=attended,
+            attempts=_newest_attempts(connection, attended),
             recovering=_read(connection, _jobs(jobs.c.state == "recovering")),
             to_pause=_read(connection, _jobs(waits_for_pause)),
             to_start=_to_start(connection, attended, slots, aside),
         )
+
+
+def _newest_attempts(connection: Connection, attended: list[JobRecord]) -> dict[str, AttemptRecord]:
+    """One look for all: every pass asks."""
+    if not attended:
+        return {}
+    numbers = [(job.id, job.attempt) for job in attended]
+    query = select(attempts).where(tuple_(attempts.c.job_id, attempts.c.number).in_(numbers))
+    found = [AttemptRecord.of(row) for row in connection.execute(query)]
+    return {attempt.job_id: attempt for attempt in found}
 
 
 def _to_start(

@@ -63,11 +63,8 @@ class Attendant:
 
     # starting, running, checkpointing, pausing: launch, or recover.
 
-    async def watch(self, job: JobRecord) -> None:
+    async def watch(self, job: JobRecord, attempt: AttemptRecord) -> None:
         """Launch the driver if that has not been done; else see whether it lives and gets on."""
-        attempt = await asyncio.to_thread(self._store.attempts.get, job.id, job.attempt)
-        if attempt is None:
-            return
         now = self._store.database.clock()
         section = f"no progress in {job.section!r} before its deadline."
         if attempt.lease_until < now:

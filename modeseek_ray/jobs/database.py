@@ -93,7 +93,8 @@ class Database:
         engine = create_engine(
             self.url,
             json_serializer=to_json_text,
-            pool_size=1 if writes else 8,
+            # As many as threads may read at a time: to open one costs more than what most of them ask.
+            pool_size=1 if writes else 64,
             max_overflow=0 if writes else 64,
             pool_timeout=60,
             connect_args={"check_same_thread": False, "timeout": _BUSY_TIMEOUT_MS / 1000},

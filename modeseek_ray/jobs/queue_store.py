@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from threading import Lock
 
 from sqlalchemy import Connection, func, select
 
@@ -24,6 +25,7 @@ class QueueStore:
         self._database = database
         self._placed: tuple[tuple[int, int], dict[str, Place]] | None = None  # as of (version, slots)
         self._placed_until = 0.0  # on the monotonic clock; later it is found anew if anything was written
+        self._placing = Lock()  # one looks; who asks meanwhile waits for what it finds
 
     def oldest_queued_at(self) -> float | None:
         """Since when the job that has waited longest is in the queue."""
@@ -39,6 +41,10 @@ class QueueStore:
         Everybody who polls a queued job asks, so the answer is kept until something is written, and that of a
         long queue for a moment longer. (Where other processes write, too, they do not tell.)
         """
+        with self._placing:
+            return self._places(slots)
+
+    def _places(self, slots: int) -> dict[str, Place]:
         asked = (self._database.version, slots)  # before the look: what is written meanwhile makes it old
         placed = self._placed
         if placed is not None and placed[0][1] == slots:

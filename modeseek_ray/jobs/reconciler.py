@@ -118,8 +118,8 @@ class Reconciler:
         for job in agenda.attended:
             if job.state == "cancelling":
                 self._start_task("end", job, self._end(job))
-            elif self._attendant is not None:
-                self._start_task("watch", job, self._attendant.watch(job))
+            elif self._attendant is not None and job.id in agenda.attempts:
+                self._start_task("watch", job, self._attendant.watch(job, agenda.attempts[job.id]))
         for job in agenda.to_start:
             if await self._fits(job):
                 await self._guarded(job, self._begin(job))
@@ -239,8 +239,9 @@ class Reconciler:
         path = self._home.secret(job.id, job.attempt + 1)
         await asyncio.to_thread(write_private, path, json.dumps(secret))
         job = await asyncio.to_thread(self._store.attempts.begin, job, token)
-        if self._attendant is not None:
-            self._start_task("watch", job, self._attendant.watch(job))
+        attempt = await asyncio.to_thread(self._store.attempts.get, job.id, job.attempt)
+        if self._attendant is not None and attempt is not None:
+            self._start_task("watch", job, self._attendant.watch(job, attempt))
 
     # recovering -> queued | paused | failed
 

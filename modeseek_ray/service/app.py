@@ -32,6 +32,7 @@ from modeseek_ray.service import (
     validations,
     webhooks,
 )
+from modeseek_ray.service.bulletin import Bulletins
 from modeseek_ray.service.context import Service
 from modeseek_ray.service.deliveries import Deliveries
 from modeseek_ray.service.limits import Limits
@@ -66,6 +67,7 @@ def create_app(
         settings=settings,
         notifier=notifier,
         metrics=metrics,
+        bulletins=Bulletins(store.events, notifier),
         limits=Limits(partial(_per_minute, store, settings), settings.max_open_requests),
         reconciler=reconciler,
         validator=validator,

@@ -19,6 +19,7 @@ from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler
 from modeseek_ray.jobs.records import DEFAULT_TENANT
 from modeseek_ray.jobs.store import Store
+from modeseek_ray.service.bulletin import Bulletins
 from modeseek_ray.service.limits import Limits
 from modeseek_ray.service.metrics import Metrics
 from modeseek_ray.service.notify import Notifier
@@ -38,6 +39,7 @@ class Service:
     notifier: Notifier
     metrics: Metrics
     limits: Limits
+    bulletins: Bulletins
     reconciler: Reconciler | None = None
     validator: Validator | None = None
     validations: Validations | None = None
@@ -85,7 +87,8 @@ class Caller:
     tenant_id: str
 
 
-def get_service(request: Request) -> Service:
+async def get_service(request: Request) -> Service:
+    """A coroutine, so that it costs no thread: every route asks."""
     service: Service = request.app.state.service
     return service
 

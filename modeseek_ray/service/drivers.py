@@ -87,7 +87,7 @@ class NewState(DriverBody):
     results: NewResults | None = None
 
 
-def get_bearer(
+async def get_bearer(
     job_id: str,
     attempt: int,
     authorization: Annotated[str, Header()] = "",

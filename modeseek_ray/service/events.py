@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Annotated
@@ -20,7 +19,6 @@ from modeseek_ray.service.wire import EventObject, Page, event_object
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["jobs"], responses=ERROR_RESPONSES)
 
-_BATCH = 500
 _RETRY_MS = 1000
 
 
@@ -67,18 +65,14 @@ async def _stream(service: Service, job_id: str, sequence: int) -> AsyncIterator
     with service.notifier.listen(job_id) as changed:
         while True:
             changed.clear()
-            job = await run_in_threadpool(service.store.jobs.get, job_id)
-            events = await run_in_threadpool(service.store.events.after, job_id, sequence, _BATCH)
-            for event in events:
-                data = json.dumps(event_object(event).model_dump(mode="json"))
-                yield format_sse_event(data_str=data, id=event.id)
-                sequence = event.sequence
-            if events:
-                continue
-            if job.terminal and sequence >= job.last_event:
+            bulletin = await service.bulletins.after(job_id, sequence)
+            if bulletin.text:
+                yield bulletin.text
+            sequence = bulletin.sequence
+            if bulletin.is_over:
                 yield format_sse_event(data_str="[DONE]")
                 return
-            if not await _changed(changed, service):
+            if not bulletin.is_full and not await _changed(changed, service):
                 yield KEEPALIVE_COMMENT
 
 

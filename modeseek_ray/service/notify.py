@@ -15,6 +15,7 @@ class Notifier:
     def __init__(self) -> None:
         self._lock = Lock()
         self._waiting: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = defaultdict(set)
+        self._changes: dict[str, int] = defaultdict(int)  # of jobs that somebody listens to
 
     @contextmanager
     def listen(self, job_id: str) -> Iterator[asyncio.Event]:
@@ -29,10 +30,18 @@ class Notifier:
                 self._waiting[job_id].discard(entry)
                 if not self._waiting[job_id]:
                     del self._waiting[job_id]
+                    self._changes.pop(job_id, None)
+
+    def changes(self, job_id: str) -> int:
+        """How often the job has changed while somebody listened; asked by who listens."""
+        with self._lock:
+            return self._changes[job_id]
 
     def notify(self, job_id: str) -> None:
         with self._lock:
             entries = list(self._waiting.get(job_id, ()))
+            if entries:
+                self._changes[job_id] += 1
         for loop, event in entries:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(event.set)

@@ -2,7 +2,8 @@
 
 64 submitters of which 30 % repeat themselves, 200 pollers, 200 listeners to event streams, and 20
 drivers that write two events a second each. All clients are one process and the service another, so on
-two cores both have one. Memory is the service's resident set.
+two cores both have one: the processor time of each says whose the latencies are. Memory is the service's
+resident set.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Outcome:
     seen: Seen
     problems: list[str]
     memory_mib: list[tuple[float, float]]  # (seconds, MiB)
+    clients_cpu_s: float
+    service_cpu_s: float
 
     def slope_mib_per_minute(self) -> float:
         """Least squares over the second half: the first fills caches."""
@@ -65,7 +68,10 @@ async def run(size: Size, directory: Path, model: Path) -> Outcome:
         url = f"http://127.0.0.1:{port}"
         body = await _body(url, model)
         load = Load(url, body, home / "jobs", time.monotonic() + size.seconds)
-        await _drive_and_ask(load, size, process.pid, memory := [])
+        clients, service = psutil.Process(), psutil.Process(process.pid)
+        before_s = _cpu_s(clients), _cpu_s(service)
+        await _drive_and_ask(load, size, service, memory := [])
+        clients_s, service_s = _cpu_s(clients) - before_s[0], _cpu_s(service) - before_s[1]
         await load.close()
     finally:
         process.terminate()
@@ -77,14 +83,21 @@ async def run(size: Size, directory: Path, model: Path) -> Outcome:
     found = problems(load.seen, stored, events)
     if number != len(stored):
         found.append(f"{number} jobs from {len(stored)} keys")
-    return Outcome(load.seen, found, memory)
+    return Outcome(load.seen, found, memory, clients_s, service_s)
 
 
-async def _drive_and_ask(load: Load, size: Size, pid: int, memory: list[tuple[float, float]]) -> None:
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+async def _drive_and_ask(
+    load: Load, size: Size, service: psutil.Process, memory: list[tuple[float, float]]
+) -> None:
     """Jobs for the drivers first; then everybody at once."""
     await load.prepare(size.drivers)
     streams = [asyncio.create_task(load.listen(load.jobs[i % len(load.jobs)])) for i in range(size.listeners)]
-    watch = asyncio.create_task(_watch(pid, memory))
+    watch = asyncio.create_task(_watch(service, memory))
     await asyncio.gather(
         *(load.submit(f"submitter-{i}") for i in range(size.submitters)),
         *(load.poll() for _ in range(size.pollers)),
@@ -96,8 +109,8 @@ async def _drive_and_ask(load: Load, size: Size, pid: int, memory: list[tuple[fl
     await asyncio.gather(watch, *streams, return_exceptions=True)
 
 
-async def _watch(pid: int, memory: list[tuple[float, float]]) -> None:
-    process, started = psutil.Process(pid), time.monotonic()
+async def _watch(process: psutil.Process, memory: list[tuple[float, float]]) -> None:
+    started = time.monotonic()
     while True:
         memory.append((time.monotonic() - started, process.memory_info().rss / 2**20))
         await asyncio.sleep(1.0)
@@ -130,12 +143,18 @@ def figures(outcome: Outcome, size: Size) -> str:
         f"| poll of a queued job p50, p99 | {_ms(seen.queued_s, 50)}, {_ms(seen.queued_s, 99)} |",
         f"| list of 20 jobs p50, p99 | {_ms(seen.listed_s, 50)}, {_ms(seen.listed_s, 99)} |",
         f"| event lag p50, p99 | {_ms(seen.lags_s, 50)}, {_ms(seen.lags_s, 99)} ({len(seen.lags_s)} arrivals) |",
+        f"| processor time of the clients, of the service | {_each(outcome.clients_cpu_s, seen)},"
+        f" {_each(outcome.service_cpu_s, seen)} a request ({seen.num_requests / size.seconds:.0f} requests a second) |",
         f"| memory at the end, slope | {outcome.memory_mib[-1][1]:.0f} MiB,"
         f" {outcome.slope_mib_per_minute():+.1f} MiB a minute over {size.seconds / 2:.0f} s |",
         f"| answers by status | {dict(sorted(seen.statuses.items()))} |",
         f"| lost or doubled | {'; '.join(outcome.problems) or 'nothing'} |",
     ]
     return "\n".join(lines)
+
+
+def _each(seconds: float, seen: Seen) -> str:
+    return f"{1000 * seconds / seen.num_requests:.1f} ms"
 
 
 def _ms(values_s: list[float], percent: float) -> str:

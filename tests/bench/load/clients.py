@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import ssl
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from modeseek_ray.client import AttemptClient
 REPEATS = 0.3  # share of submissions that have been sent before
 THINK_S = (0.2, 0.8)  # between a client's requests
 EVENT_EVERY_S = 0.5  # of one driver
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used: to load certificates for each takes seconds
 
 
 @dataclass
@@ -38,6 +40,11 @@ class Seen:
     streams: list[tuple[str, list[int]]] = field(default_factory=list)  # job, numbers of its events
     written: Counter[str] = field(default_factory=Counter)  # job -> events acknowledged
 
+    @property
+    def num_requests(self) -> int:
+        """Answered: a driver sends a heartbeat with each event."""
+        return sum(self.statuses.values()) + 2 * sum(self.written.values())
+
 
 class Load:
     """Clients of one service until `deadline` (monotonic)."""
@@ -50,14 +57,19 @@ class Load:
         self._random = random.Random(0)
         self._keys: list[str] = []
         self._queued: list[str] = []  # no driver takes them: all slots are those of `jobs`
-        self._http = httpx.AsyncClient(
-            base_url=url, trust_env=False, timeout=60, limits=httpx.Limits(max_connections=None)
-        )
+        self._clients: list[httpx.AsyncClient] = []
         self.seen = Seen()
         self.jobs: list[str] = []  # that drivers write to
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await asyncio.gather(*(http.aclose() for http in self._clients))
+
+    def _client(self) -> httpx.AsyncClient:
+        """One each: a pool of hundreds of connections looks at each with each for every request."""
+        self._clients.append(
+            httpx.AsyncClient(base_url=self._url, trust_env=False, timeout=60, verify=_NO_TLS)
+        )
+        return self._clients[-1]
 
     def _goes_on(self) -> bool:
         return time.monotonic() < self._deadline
@@ -67,8 +79,9 @@ class Load:
 
     async def prepare(self, count: int) -> None:
         """The jobs that drivers write to and listeners hear of."""
+        http = self._client()
         for i in range(count):
-            answer = await self._http.post(
+            answer = await http.post(
                 "/v1/fine_tuning/jobs", json=self._body, headers={"Idempotency-Key": f"driven-{i}"}
             )
             answer.raise_for_status()
@@ -76,7 +89,7 @@ class Load:
             self.seen.answers[f"driven-{i}"].add(self.jobs[-1])
 
     async def submit(self, name: str) -> None:
-        number = 0
+        number, http = 0, self._client()
         while self._goes_on():
             if self._keys and self._random.random() < REPEATS:
                 key = self._random.choice(self._keys)
@@ -85,7 +98,7 @@ class Load:
                 key, number = f"{name}-{number}", number + 1
                 self._keys.append(key)
             started = time.monotonic()
-            answer = await self._http.post(
+            answer = await http.post(
                 "/v1/fine_tuning/jobs", json=self._body, headers={"Idempotency-Key": key}
             )
             self.seen.submitted_s.append(time.monotonic() - started)
@@ -96,6 +109,7 @@ class Load:
             await self._think()
 
     async def poll(self) -> None:
+        http = self._client()
         while self._goes_on():
             await self._think()
             path, times_s = self._random.choice(
@@ -106,7 +120,7 @@ class Load:
                 ]
             )
             started = time.monotonic()
-            answer = await self._http.get(f"/v1/fine_tuning/jobs{path}")
+            answer = await http.get(f"/v1/fine_tuning/jobs{path}")
             times_s.append(time.monotonic() - started)
             self.seen.statuses[answer.status_code] += 1
 
@@ -115,7 +129,7 @@ class Load:
         numbers: list[int] = []
         self.seen.streams.append((job_id, numbers))
         path = f"/v1/fine_tuning/jobs/{job_id}/events?stream=true"
-        async with self._http.stream("GET", path) as answer:
+        async with self._client().stream("GET", path) as answer:
             self.seen.statuses[answer.status_code] += 1
             async for line in answer.aiter_lines():
                 if line.startswith("data:"):

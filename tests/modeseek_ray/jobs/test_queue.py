@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -133,6 +135,29 @@ def test_places_are_kept_until_something_is_written(
     assert list(store.queue.places(slots=1)) == [first.id, second.id]
     store.jobs.cancel(first.id)
     assert list(store.queue.places(slots=1)) == [second.id]
+
+
+def test_one_look_for_places_serves_all_who_ask_meanwhile(
+    store: Store, helpers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = helpers.queue(store, "ftjob-first")
+    looks, asked = [], threading.Barrier(4)
+    look = store.queue._find_places
+
+    def long_look(slots: int) -> dict[str, Place]:
+        looks.append(slots)
+        time.sleep(0.2)  # the others have asked by then
+        return look(slots)
+
+    monkeypatch.setattr(store.queue, "_find_places", long_look)
+
+    def ask(_: int) -> dict[str, Place]:
+        asked.wait(30)
+        return store.queue.places(slots=1)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(ask, range(4))) == 4 * [{first.id: Place(1, 0.0)}]
+    assert looks == [1]
 
 
 def test_places_of_a_long_queue_are_good_for_a_moment(
