@@ -18,12 +18,15 @@ from actors.network import url_for_drivers
 from modeseek_ray.jobs.engine_keeper import EngineKeeper, EngineSettings
 from modeseek_ray.jobs.paths import Home
 from modeseek_ray.jobs.reconciler import Reconciler, ReconcilerSettings
+from modeseek_ray.jobs.states import ATTENDED
 from modeseek_ray.jobs.store import Store
 from modeseek_ray.jobs.structured_logs import configure
 from modeseek_ray.jobs.validation import ProcessValidator
 from modeseek_ray.service import ServiceSettings, create_app
 from modeseek_ray.service.deliveries import parse_networks
 from modeseek_ray.service.serve import announce, check_exposure, listen, make_server, only_service
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,19 @@ def serve(options: ServeOptions) -> None:
             announce(app, options.host, options.port)
             console.print(f"Serving at {url} (documentation: {url}/docs). Ctrl-C ends it.")
             make_server(app, options.host, options.port).run(sockets=[listener])
+        if head is not None and not store.database.is_shared:  # else jobs may run on another service's head
+            end_attempts(store, home)
         store.close()
+
+
+def end_attempts(store: Store, home: Home) -> None:
+    """No driver has outlived the head that was ended: at the next start no job waits for a lease to run out."""
+    for job in store.jobs.in_states(*ATTENDED - {"cancelling"}):
+        spool = home.spool(job.id, job.attempt)
+        try:
+            store.attempts.lose(job, "the service was ended, and Ray with it.", spool, counts=False)
+        except Exception:  # then it is the lease that says so
+            log.exception("the attempt of %s is left as it is", job.id)
 
 
 @contextmanager

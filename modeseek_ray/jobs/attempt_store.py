@@ -64,16 +64,19 @@ class AttemptStore:
         with self._database.write() as connection:
             update_attempt(connection, job_id, number, submission_id=submission_id)
 
-    def lose(self, job: JobRecord, reason: str, spool: Path | None = None) -> JobRecord:
+    def lose(
+        self, job: JobRecord, reason: str, spool: Path | None = None, *, counts: bool = True
+    ) -> JobRecord:
         """The attempt is over without an end of the job. Its fence is void from here on.
 
         What its driver could not deliver comes from its `spool`, before the loss and in the same transaction.
+        `counts`: as one that got no further, of which a job has only so many.
         """
         now = self._database.clock()
         with self._database.write() as connection:
             find_job(connection, job.id, lock=True)
             _deliver(connection, job, spool, now)
-            job = lose_attempt(connection, job, reason, now)
+            job = lose_attempt(connection, job, reason, now, counts=counts)
         self._database.announce(job.id)
         return job
 

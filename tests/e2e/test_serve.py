@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import psutil
 import pytest
 
 from modeseek_ray.client import Client
+from modeseek_ray.jobs.states import ATTENDED
 from modeseek_ray.playground import data_files
 from tests.conftest import head_of
 from tests.e2e.conftest import RunningService
@@ -46,6 +48,9 @@ def test_an_interrupted_service_ends_everything_and_goes_on_when_started_again(
             time.sleep(0.2)
         assert _processes_of(tmp_path)
     assert _processes_of(tmp_path) == []
+    with sqlite3.connect(f"file:{tmp_path / 'store.sqlite3'}?mode=ro", uri=True) as store:
+        ((state,),) = store.execute("SELECT state FROM jobs").fetchall()
+    assert state not in ATTENDED  # so that it will wait for no lease
     with RunningService(tmp_path, root=root, environment=forks) as service, Client(service.url) as client:
         ended = client.wait(job, timeout_s=400)
         steps = [e["data"]["step"] for e in client.events(job) if "loss" in (e["data"] or {})]
