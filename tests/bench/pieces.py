@@ -153,18 +153,20 @@ def sync() -> list[Line]:
 
 def online(model: str) -> list[Line]:
     """Samples/s of the whole loop beside TRL's `GRPOTrainer`, and how long the trainer waits."""
-    from tests.bench import online as script
+    from tests.bench.online.case import Case, model_of
+    from tests.bench.online.contenders import run_one
+    from tests.bench.online.table import speed_up
 
-    case = script.Case.of(model)  # type: ignore[arg-type]
+    case = Case.of(model)  # type: ignore[arg-type]
     names = ["trl", "ours", "ours_overlapped", *(["ours_replayed"] if model == "playground" else [])]
     with tempfile.TemporaryDirectory(prefix="modeseek-bench-") as scratch:
-        path = script.model_of(case, Path(scratch))
-        found = {name: script.run_one(name, case, path) for name in names}
+        path = model_of(case, Path(scratch))
+        found = {name: run_one(name, case, path) for name in names}
     where = "40 M parameters" if model == "40m" else "playground"
     shown = [f"{found[name]['samples_per_second']:.2f} samples/s" for name in ("ours", "trl")]
     aim = (">=", 3.0) if model == "40m" else (None, None)
-    lines = [Line("online", f"samples/s over TRL GRPO, {where}", *shown, script.speed_up(found), *aim)]  # type: ignore[arg-type]
-    by_cpu = script.speed_up(found, unit="samples_per_cpu_second")
+    lines = [Line("online", f"samples/s over TRL GRPO, {where}", *shown, speed_up(found), *aim)]  # type: ignore[arg-type]
+    by_cpu = speed_up(found, unit="samples_per_cpu_second")
     lines.append(Line("online", f"the same by CPU time, {where}", ratio=by_cpu))
     for name, how in (("ours", "sync, max_staleness 0"), ("ours_overlapped", "overlapped, max_staleness 1")):
         figures = found[name]
