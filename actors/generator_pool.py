@@ -1,26 +1,23 @@
 """Requests over engines: spread by load, redone where an engine died, never across two versions.
 
-A prompt's N requests are one piece of work and go to one engine, which then computes the prompt
-once. Each engine holds at most so many requests and is handed more when it has written some, so a
-slow engine takes fewer. An engine that dies is replaced and brought to the version all write with;
-what it had not finished is asked for again, by the same requests.
-
-    P  prompts      N  completions of a prompt
+A prompt's N requests go to one engine, which then computes the prompt once. Each engine holds at most
+so many requests and is handed more when it has written some, so a slow engine takes fewer. An engine
+that dies is replaced and brought to the version all write with; what it had not finished is asked for
+again, by the same requests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.generator import GeneratorSpec, Request, requests_of
+from actors.generation_queue import Engine, GenerationQueue
+from actors.generator import GeneratorSpec, Request
 from actors.rest import Rest
 from actors.weight_chunks import WeightRelease
 from actors.workers import Worker
@@ -30,40 +27,10 @@ from modeseek_ray.types import Completion, Prompt
 # A turn comes back at least this often, so that new requests get in and a restart does not wait long.
 SLICE_S = 1.0
 MAX_REPLACEMENTS = 8  # of all engines together; a job that loses more has a cause that will not go away
-MAX_REDOS = 3  # of one prompt: engines may be dying of it
 
 Start = Callable[[int], Awaitable[Worker]]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Work:
-    """One prompt and which of its completions are there."""
-
-    prompt: Prompt
-    requests: dict[str, int]  # id -> which of the N; those that are not written yet
-    by_id: Mapping[str, Request]
-    written: list[Completion | None]
-    done: asyncio.Future[None]
-    redos: int = 0
-
-    def open_requests(self) -> list[Request]:
-        return [self.by_id[name] for name in self.requests]
-
-
-@dataclass
-class _Engine:
-    """One engine and the work it holds."""
-
-    index: int
-    worker: Worker
-    holds: dict[str, _Work] = field(default_factory=dict)  # by request id
-    starting: bool = False  # it died, and another is not yet there
-
-    @property
-    def at_rest(self) -> bool:
-        return not (self.holds or self.starting)
 
 
 class GeneratorPool:
@@ -87,10 +54,9 @@ class GeneratorPool:
         self.count = count
         self._slice_s = slice_s
         self._replacements_left = max_replacements
-        self._engines: list[_Engine] = []
+        self._engines: list[Engine] = []
         self._servers: list[asyncio.Task[None]] = []
-        self._queue: deque[_Work] = deque()
-        self._num_works = 0
+        self._queue = GenerationQueue(spec)
         self._version = 0
         self._installed: WeightRelease | None = None
         self._held: Literal["drain", "restart"] | None = None
@@ -114,7 +80,7 @@ class GeneratorPool:
 
     async def setup(self) -> Mapping[str, Any]:
         """Start every engine. Returns the first one's facts."""
-        self._engines = [_Engine(i, await self._start(i)) for i in range(self.count)]
+        self._engines = [Engine(i, await self._start(i)) for i in range(self.count)]
         facts = await asyncio.gather(*(engine.worker.call("setup") for engine in self._engines))
         self._servers = [asyncio.create_task(self._serve(engine)) for engine in self._engines]
         return {**facts[0], "engines": self.count}
@@ -125,10 +91,10 @@ class GeneratorPool:
         May be called again before it has answered. Raises what stopped the engines.
         """
         self._refuse_broken()
-        works = [self._work(prompt, round_) for prompt in prompts]
+        works = [self._queue.work(prompt, round_) for prompt in prompts]
         async with self._rest.awake():
             async with self._changed:
-                self._queue.extend(works)
+                self._queue.add(works)
                 self._changed.notify_all()
             try:
                 await asyncio.gather(*(work.done for work in works))
@@ -175,7 +141,7 @@ class GeneratorPool:
         asked = (self._insist(engine, "score", sequences) for engine in self._engines)
         return list(await asyncio.gather(*asked))
 
-    async def _insist(self, engine: _Engine, method: str, *args: Any) -> Any:
+    async def _insist(self, engine: Engine, method: str, *args: Any) -> Any:
         """Ask an engine at rest, and whichever takes its place, until one answers."""
         while True:
             try:
@@ -194,7 +160,7 @@ class GeneratorPool:
                 await self.make_room()
             await asyncio.gather(*(self._rest_one(engine, method) for engine in self._engines))
 
-    async def _rest_one(self, engine: _Engine, method: str) -> None:
+    async def _rest_one(self, engine: Engine, method: str) -> None:
         """A new engine in the place of one that died of it is awake."""
         try:
             await engine.worker.call(method)
@@ -235,7 +201,7 @@ class GeneratorPool:
 
     # --- one engine
 
-    async def _serve(self, engine: _Engine) -> None:
+    async def _serve(self, engine: Engine) -> None:
         """Keep one engine busy until the pool is closed or broken."""
         try:
             while True:
@@ -258,42 +224,19 @@ class GeneratorPool:
         except BaseException as error:
             await self._break(error)
 
-    def _has_turn(self, engine: _Engine) -> bool:
+    def _has_turn(self, engine: Engine) -> bool:
         return self._broken is not None or bool(engine.holds) or (self._held is None and bool(self._queue))
 
-    def _take(self, engine: _Engine) -> tuple[list[Request], int]:
-        """New requests for this engine, and how many it may leave unfinished when it comes back.
+    def _take(self, engine: Engine) -> tuple[list[Request], int]:
+        return self._queue.take(engine, len(self._engines)) if self._held is None else ([], 0)
 
-        While more work waits, the batch stays full: as many requests wait inside as are being written.
-        """
-        new: list[Request] = []
-        if self._held is not None:
-            return new, 0
-        capacity = 2 * self.spec.max_num_seqs
-        # What engines would get if they shared evenly, so that the first does not take everything.
-        share = -(-sum(len(w.requests) for w in self._queue) // len(self._engines))
-        room = min(capacity - len(engine.holds), max(share, self.spec.sampling.samples_per_prompt))
-        while self._queue and (len(self._queue[0].requests) <= room or not (engine.holds or new)):
-            work = self._queue.popleft()
-            if work.done.done():  # whoever asked has gone
-                continue
-            requests = work.open_requests()
-            room -= len(requests)
-            new += requests
-            engine.holds.update((request.id, work) for request in requests)
-        return new, min(self.spec.max_num_seqs, len(engine.holds) - 1) if self._queue else 0
-
-    async def _deliver(self, engine: _Engine, finished: Sequence[tuple[str, Completion]]) -> None:
+    async def _deliver(self, engine: Engine, finished: Sequence[tuple[str, Completion]]) -> None:
         async with self._changed:
-            for name, completion in finished:
-                self.num_written += 1
-                work = engine.holds.pop(name)
-                work.written[work.requests.pop(name)] = completion
-                if not work.requests and not work.done.done():
-                    work.done.set_result(None)
+            self.num_written += len(finished)
+            self._queue.deliver(engine, finished)
             self._changed.notify_all()
 
-    async def _throw_away(self, engine: _Engine) -> None:
+    async def _throw_away(self, engine: Engine) -> None:
         """Give up what this engine is writing; it waits in front of the queue."""
         if engine.holds:
             try:
@@ -302,14 +245,14 @@ class GeneratorPool:
                 await self._replace(engine, error)
                 return
         async with self._changed:
-            self._requeue(engine)
+            self._queue.put_back(engine)
             self._changed.notify_all()
 
-    async def _replace(self, engine: _Engine, error: WorkerError) -> None:
+    async def _replace(self, engine: Engine, error: WorkerError) -> None:
         """Another engine in its place, at the installed version; its unfinished work is redone."""
         async with self._changed:
             engine.starting = True
-            self._requeue(engine, failed=error)
+            self._queue.put_back(engine, failed=error)
             self._changed.notify_all()
         while True:
             if self._replacements_left == 0:
@@ -336,27 +279,7 @@ class GeneratorPool:
             engine.starting = False
             self._changed.notify_all()
 
-    def _requeue(self, engine: _Engine, failed: WorkerError | None = None) -> None:
-        works = list(dict.fromkeys(map(id, engine.holds.values())))
-        by_id = {id(work): work for work in engine.holds.values()}
-        engine.holds.clear()
-        for key in reversed(works):
-            work = by_id[key]
-            if work.done.done():
-                continue
-            if failed is not None:
-                work.redos += 1
-                if work.redos > MAX_REDOS:
-                    work.done.set_exception(
-                        WorkerError(
-                            f"{work.redos} engines died while they wrote for prompt {work.prompt.ordinal}: {failed}",
-                            mend="Look at this prompt, and at the engines' logs for what they died of.",
-                        )
-                    )
-                    continue
-            self._queue.appendleft(work)
-
-    async def _bring(self, engine: _Engine) -> None:
+    async def _bring(self, engine: Engine) -> None:
         """This engine to the installed weights, by a new engine if need be."""
         assert self._installed is not None
         try:
@@ -364,37 +287,16 @@ class GeneratorPool:
         except WorkerError as error:
             await self._replace(engine, error)
 
-    async def _load(self, engine: _Engine, release: WeightRelease) -> None:
+    async def _load(self, engine: Engine, release: WeightRelease) -> None:
         """In one call, which costs as much as copying megabytes. Chunks are arguments: Ray fetches those alone."""
         await engine.worker.call("install", release.version, release.checksum, *release.chunks)
-
-    # --- the queue
-
-    def _work(self, prompt: Prompt, round_: int) -> _Work:
-        # Asked twice at once, by whoever gave up and came back, they are still told apart inside an engine.
-        self._num_works += 1
-        requests = [
-            replace(request, id=f"{request.id}.{self._num_works}")
-            for request in requests_of(self.spec, prompt, round_)
-        ]
-        return _Work(
-            prompt=prompt,
-            requests={request.id: i for i, request in enumerate(requests)},
-            by_id={request.id: request for request in requests},
-            written=[None] * len(requests),
-            done=asyncio.get_running_loop().create_future(),
-        )
 
     async def _break(self, error: BaseException) -> None:
         """Tell everybody who waits. The first cause stays."""
         async with self._changed:
             if self._broken is None:
                 self._broken = error
-            works = [*self._queue, *(work for engine in self._engines for work in engine.holds.values())]
-            self._queue.clear()
-            for work in works:
-                if not work.done.done():
-                    work.done.set_exception(self._broken)
+            self._queue.fail(self._engines, self._broken)
             self._changed.notify_all()
 
     def _refuse_broken(self) -> None:

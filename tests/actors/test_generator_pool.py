@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from actors.cluster import RayPlacement
+from actors.generation_queue import MAX_REDOS
 from actors.generator import GeneratorSpec, Request, Sampling, requests_of, seed_of
-from actors.generator_pool import MAX_REDOS, GeneratorPool
+from actors.generator_pool import GeneratorPool
 from actors.sources import probe_groups
 from actors.trainer import TrainerSpec
 from actors.weight_chunks import ChunkFacts, WeightRelease
