@@ -12,9 +12,9 @@ from modeseek_ray.jobs.queue import Place, places
 from modeseek_ray.jobs.states import ATTENDED
 from modeseek_ray.jobs.tables import attempts, jobs, tenants
 
-# Places in a long queue, once found, are good for so many times as long as that took (of one core): who polls
-# may be told of the moment before, and the service does other things than counting.
-_PLACES_REST, _LONG_S = 10.0, 0.02
+# Places in a queue of so many jobs, once found, are good for so many times as long as that took (of one core): who
+# polls may be told of the moment before, and the service does other things than counting.
+_LONG, _PLACES_REST = 100, 20.0
 _TYPICAL_OF = 20  # jobs whose length is taken for the typical one
 
 
@@ -55,7 +55,7 @@ class QueueStore:
         found = self._find_places(slots)
         took_s = time.thread_time() - began_s
         self._placed = asked, found
-        self._placed_until = time.monotonic() + (_PLACES_REST * took_s if took_s > _LONG_S else 0.0)
+        self._placed_until = time.monotonic() + (_PLACES_REST * took_s if len(found) >= _LONG else 0.0)
         return found
 
     def _find_places(self, slots: int) -> dict[str, Place]:

@@ -163,10 +163,11 @@ def test_one_look_for_places_serves_all_who_ask_meanwhile(
 def test_places_of_a_long_queue_are_good_for_a_moment(
     store: Store, helpers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A look that takes 0.1 s of a core is not repeated within a second."""
+    """A look that takes 0.1 s of a core is not repeated within two seconds."""
     clock = SimpleNamespace(now=0.0, worked=0.0)
     clock.monotonic, clock.thread_time = lambda: clock.now, lambda: clock.worked
     monkeypatch.setattr(queue_store, "time", clock)
+    monkeypatch.setattr(queue_store, "_LONG", 1)
     look = store.queue._find_places
 
     def long_look(slots: int) -> dict[str, Place]:
@@ -177,9 +178,9 @@ def test_places_of_a_long_queue_are_good_for_a_moment(
     first = helpers.queue(store, "ftjob-first")
     assert list(store.queue.places(slots=1)) == [first.id]
     second = helpers.queue(store, "ftjob-second")
-    clock.now = 0.9
+    clock.now = 1.9
     assert list(store.queue.places(slots=1)) == [first.id]
-    clock.now = 1.1
+    clock.now = 2.1
     assert list(store.queue.places(slots=1)) == [first.id, second.id]
 
 
