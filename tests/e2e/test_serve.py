@@ -15,7 +15,7 @@ from modeseek_ray.playground import data_files
 from tests.conftest import head_of
 from tests.e2e.conftest import RunningService
 
-STEPS = 40
+STEPS = 16
 
 
 def _processes_of(home: Path) -> list[str]:
