@@ -1,6 +1,6 @@
 """All speed benchmarks beside their peers, in one run, as one table.
 
-    make bench                                        # everything, 20 minutes on two cores
+    make bench                                        # everything, 20 to 25 minutes on two cores
     make bench BENCH_ARGS='--only sync rollout'       # some of it
     python -m tests.bench --list                      # what there is
 
@@ -94,7 +94,8 @@ def measure(
     lines: list[Line] = []
     problems: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    # Once a second: a bar that is drawn more often takes a twentieth of a core from what is measured.
+    with Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=1) as progress:
         task = progress.add_task("", total=sum(piece.seconds for piece in pieces))
         for piece in pieces:
             progress.update(task, description=f"{piece.name}: {piece.says}")

@@ -94,16 +94,16 @@ def weighing() -> list[Line]:
 
 def rollout() -> list[Line]:
     """Tokens/s through the actor beside bare vLLM, and routes on beside off."""
-    from tests.bench.rollout import Case, build_model, run
+    from tests.bench.rollout import Case, build_model, run_in_turns
 
     lines = []
     for moe in (False, True):
-        case, kind = Case(moe=moe, repeats=3), "MoE" if moe else "dense"
+        case, kind = Case(moe=moe, new_tokens=32, repeats=2), "MoE" if moe else "dense"
         with tempfile.TemporaryDirectory(prefix="modeseek-bench-") as scratch:
             model = Path(scratch) / "model"
             build_model(case, model)
             names = ["bare_same", "actor", *(["actor_routes"] if moe else [])]
-            found = {name: run(name, case, model) for name in names}
+            found = run_in_turns(names, case, model)
         pairs = [("tokens/s over bare vLLM", "actor", "bare_same")]
         pairs += [("tokens/s, routes on over off", "actor_routes", "actor")] if moe else []
         for what, over, under in pairs:
@@ -124,7 +124,7 @@ def sync() -> list[Line]:
     from tests.bench.rollout import Case, build_model, run
 
     lines, seconds = [], {}
-    for width, layers, repeats in ((128, 4, 7), (512, 16, 7), (1024, 20, 5)):
+    for width, layers, repeats in ((128, 4, 5), (512, 16, 5), (1024, 20, 2)):
         case = Case(moe=False, width=width, layers=layers, vocabulary=512, repeats=repeats)
         with tempfile.TemporaryDirectory(prefix="modeseek-bench-") as scratch:
             model = Path(scratch) / "model"
@@ -220,7 +220,7 @@ PIECES = {
             lambda: train_step(128_000, "train_step_128k"),
         ),
         Piece("growth", "training and scoring over tokens", 75, step_growth),
-        Piece("rollout", "vLLM through the actor, routes", 170, rollout),
+        Piece("rollout", "vLLM through the actor, routes", 220, rollout),
         Piece("sync", "weights from trainer to engine", 90, sync),
         Piece("online", "whole loop beside TRL GRPO, 40 M", 280, lambda: online("40m")),
         Piece("playground", "whole loop beside TRL GRPO, playground", 120, lambda: online("playground")),

@@ -100,3 +100,19 @@ def test_submissions_and_events_are_timed_against_a_real_service(monkeypatch: py
         assert all(0 < s < 60 for seconds in found.values() for s in seconds)
         assert math.isfinite(service.slope(found))
     assert json.dumps(found)
+
+
+def test_contenders_that_take_turns_are_run_forth_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.bench import rollout
+
+    order: list[str] = []
+    paces = iter([1.0, 3.0, 2.0, 5.0])
+
+    def run(name: str, *_: object) -> dict[str, float]:
+        order.append(name)
+        return {"tokens_per_second": next(paces)}
+
+    monkeypatch.setattr(rollout, "run", run)
+    found = rollout.run_in_turns(["a", "b"], rollout.Case(moe=False), Path())
+    assert order == ["a", "b", "b", "a"]
+    assert found == {"a": {"tokens_per_second": 5.0}, "b": {"tokens_per_second": 3.0}}
