@@ -98,7 +98,7 @@ def rollout() -> list[Line]:
 
     lines = []
     for moe in (False, True):
-        case, kind = Case(moe=moe, new_tokens=32, repeats=2), "MoE" if moe else "dense"
+        case, kind = Case(moe=moe, repeats=3), "MoE" if moe else "dense"
         with tempfile.TemporaryDirectory(prefix="modeseek-bench-") as scratch:
             model = Path(scratch) / "model"
             build_model(case, model)
@@ -205,24 +205,24 @@ def service() -> list[Line]:
 PIECES = {
     piece.name: piece
     for piece in (
-        Piece("weighing", "weights of 10³ to 10⁶ samples", 25, weighing),
-        Piece("service", "submissions and events over HTTP", 60, service),
+        Piece("weighing", "weights of 10³ to 10⁶ samples", 20, weighing),
+        Piece("service", "submissions and events over HTTP", 30, service),
         Piece(
             "train_step",
             "training and scoring beside TRL, 32k",
-            150,
+            140,
             lambda: train_step(32_000, "train_step"),
         ),
         Piece(
             "train_step_128k",
             "training beside TRL, vocabulary 128k",
-            230,
+            150,
             lambda: train_step(128_000, "train_step_128k"),
         ),
         Piece("growth", "training and scoring over tokens", 75, step_growth),
-        Piece("rollout", "vLLM through the actor, routes", 220, rollout),
+        Piece("rollout", "vLLM through the actor, routes", 200, rollout),
         Piece("sync", "weights from trainer to engine", 90, sync),
-        Piece("online", "whole loop beside TRL GRPO, 40 M", 280, lambda: online("40m")),
-        Piece("playground", "whole loop beside TRL GRPO, playground", 120, lambda: online("playground")),
+        Piece("online", "whole loop beside TRL GRPO, 40 M", 400, lambda: online("40m")),
+        Piece("playground", "whole loop beside TRL GRPO, playground", 100, lambda: online("playground")),
     )
 }

@@ -19,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -27,12 +29,15 @@ from typing import Any
 
 import numpy as np
 import psutil
+from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
 from actors.generator import GeneratorSpec, Sampling, requests_of
 from modeseek_ray.types import Prompt
 from tests.bench import alone
+
+TURN = "MODESEEK_BENCH_TURN"  # a lock's file: contenders that run beside each other measure in turns
 
 
 @dataclass(frozen=True)
@@ -230,12 +235,15 @@ async def timed(case: Case, write: Callable[[], Awaitable[int]], pid: int) -> di
         times = process.cpu_times()
         return float(times.user + times.system)
 
+    turn = FileLock(os.environ[TURN]) if TURN in os.environ else nullcontext()
     wall, cpu = [], []
     for _ in range(case.repeats + 1):
-        started, started_cpu = time.perf_counter(), cpu_seconds()
-        num_tokens = await write()
-        wall.append(num_tokens / (time.perf_counter() - started))
-        cpu.append(num_tokens / (cpu_seconds() - started_cpu))
+        with turn:
+            started, started_cpu = time.perf_counter(), cpu_seconds()
+            num_tokens = await write()
+            wall.append(num_tokens / (time.perf_counter() - started))
+            cpu.append(num_tokens / (cpu_seconds() - started_cpu))
+        await asyncio.sleep(0.2)  # for another to take its turn
     return {"tokens_per_second": median(wall[1:]), "tokens_per_cpu_second": median(cpu[1:])}
 
 
@@ -249,12 +257,14 @@ CONTENDERS: dict[str, Callable[[Case, str], dict[str, float]]] = {
 }
 
 
-def run(name: str, case: Case, model: Path) -> dict[str, float]:
-    """One contender in a process of its own. Raises `RuntimeError` with the end of its output if it fails."""
+def run(name: str, case: Case, model: Path, variables: Mapping[str, str] | None = None) -> dict[str, float]:
+    """One contender in a process of its own, told these `variables`, too. Raises `RuntimeError` with the end of its
+    output if it fails."""
     command = [sys.executable, "-m", "tests.bench.rollout", "--contender", name, str(model)]
     result = subprocess.run(
         [*command, "--case", json.dumps(asdict(case))],
-        capture_output=True, text=True, timeout=900, env=alone.environment(case.threads), cwd=alone.ROOT,
+        capture_output=True, text=True, timeout=900, cwd=alone.ROOT,
+        env={**alone.environment(case.threads), **(variables or {})},
     )  # fmt: skip
     if result.returncode:
         raise RuntimeError(f"{name} failed:\n{(result.stdout + result.stderr)[-3000:]}")
@@ -262,16 +272,14 @@ def run(name: str, case: Case, model: Path) -> dict[str, float]:
     return figures
 
 
-def run_in_turns(names: list[str], case: Case, model: Path) -> dict[str, dict[str, float]]:
-    """Each contender twice, forth and back; of each of its figures the faster counts.
+def run_in_turns(names: Sequence[str], case: Case, model: Path) -> dict[str, dict[str, float]]:
+    """All contenders at once, of which only one is ever at work: they hand a lock on after each repeat.
 
-    A machine's pace drifts by a tenth and more within minutes, and what runs beside a contender only slows it.
+    One after the other they would meet a machine whose pace drifts by a tenth and more within minutes.
     """
-    found: dict[str, dict[str, float]] = {}
-    for name in [*names, *reversed(names)]:
-        figures = run(name, case, model)
-        found[name] = {key: max(value, found.get(name, {}).get(key, value)) for key, value in figures.items()}
-    return found
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(len(names)) as threads:
+        turn = {TURN: str(Path(scratch) / "turn")}
+        return dict(zip(names, threads.map(lambda name: run(name, case, model, turn), names), strict=True))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.bench import service
+from tests.bench import rollout, service
 from tests.bench.__main__ import ROOT, Store, measure
 from tests.bench.lines import Line, markdown, rich_table, slope
 from tests.bench.pieces import PIECES, Piece
@@ -102,17 +102,37 @@ def test_submissions_and_events_are_timed_against_a_real_service(monkeypatch: py
     assert json.dumps(found)
 
 
-def test_contenders_that_take_turns_are_run_forth_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.bench import rollout
+def test_contenders_that_take_turns_never_measure_at_the_same_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each asks for its turn five times; what one writes is whole, and they alternate."""
+    monkeypatch.setenv(rollout.TURN, str(tmp_path / "turn"))
+    script = f"""
+import asyncio, os, sys, time
+from tests.bench.rollout import Case, timed
+async def write():
+    with open({str(tmp_path / "log")!r}, "a") as log:
+        for word in ("begins", "ends"):
+            print(sys.argv[1], word, file=log, flush=True)
+            sum(range(2_000_000))  # processor time is counted in hundredths of a second
+    return 1
+asyncio.run(timed(Case(moe=False, repeats=4), write, os.getpid()))
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", script, name], cwd=ROOT) for name in "ab"]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    lines = (tmp_path / "log").read_text().split("\n")[:-1]
+    turns = [first.split()[0] for first in lines[::2]]
+    assert lines == [f"{name} {word}" for name in turns for word in ("begins", "ends")]
+    assert sorted(turns) == ["a"] * 5 + ["b"] * 5
 
-    order: list[str] = []
-    paces = iter([1.0, 3.0, 2.0, 5.0])
 
-    def run(name: str, *_: object) -> dict[str, float]:
-        order.append(name)
-        return {"tokens_per_second": next(paces)}
+def test_contenders_are_told_of_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, str] = {}
+
+    def run(name: str, _case: object, _model: Path, variables: dict[str, str]) -> dict[str, float]:
+        told[name] = variables[rollout.TURN]
+        return {"of": float(ord(name))}
 
     monkeypatch.setattr(rollout, "run", run)
-    found = rollout.run_in_turns(["a", "b"], rollout.Case(moe=False), Path())
-    assert order == ["a", "b", "b", "a"]
-    assert found == {"a": {"tokens_per_second": 5.0}, "b": {"tokens_per_second": 3.0}}
+    found = rollout.run_in_turns(["b", "a"], rollout.Case(moe=False), Path())
+    assert found == {"b": {"of": 98.0}, "a": {"of": 97.0}} and len(set(told.values())) == 1
