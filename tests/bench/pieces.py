@@ -219,10 +219,10 @@ PIECES = {
             150,
             lambda: train_step(128_000, "train_step_128k"),
         ),
-        Piece("growth", "training and scoring over tokens", 75, step_growth),
+        Piece("growth", "training and scoring over tokens", 95, step_growth),
         Piece("rollout", "vLLM through the actor, routes", 200, rollout),
-        Piece("sync", "weights from trainer to engine", 90, sync),
-        Piece("online", "whole loop beside TRL GRPO, 40 M", 400, lambda: online("40m")),
-        Piece("playground", "whole loop beside TRL GRPO, playground", 100, lambda: online("playground")),
+        Piece("sync", "weights from trainer to engine", 125, sync),
+        Piece("online", "whole loop beside TRL GRPO, 40 M", 330, lambda: online("40m")),
+        Piece("playground", "whole loop beside TRL GRPO, playground", 105, lambda: online("playground")),
     )
 }
