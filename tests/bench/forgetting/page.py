@@ -41,6 +41,8 @@ def write(home: Path, out: Path, results: Path | None) -> list[Path]:
     if results is None:
         write_results(runs, out / "results.parquet")
         written.append(out / "results.parquet")
+        # Rounded there: whoever reads the file again gets these tables.
+        runs = read_results(out / "results.parquet")
     sections, texts = [_about(runs)], [_about_text(runs)]
     for arch, title in ARCHITECTURES.items():
         sections.append(f"<h2>{escape(title)}</h2>")
