@@ -23,8 +23,8 @@ CHUNK_BYTES, CHUNK_BYTES_ON_GPU = 64 * 2**20, 512 * 2**20
 # Of those, what is looked at in one go; its log-probabilities take as much memory again. Much smaller blocks would
 # fit a cache, but threads that wait for each other after every small kernel lose more where a machine is shared.
 BLOCK_BYTES, BLOCK_BYTES_ON_GPU = 16 * 2**20, 64 * 2**20
-# Chunks a forward pass may keep, so that its backward pass need not compute them again: all of a small vocabulary's,
-# none on a GPU, whose memory is worth more than the product.
+# Chunks that forward passes keep, so that their backward passes need not compute them again, over all graphs of a
+# process: all of a small vocabulary's, none on a GPU, whose memory is worth more than the product.
 KEPT_BYTES, KEPT_BYTES_ON_GPU = 256 * 2**20, 0
 
 
@@ -50,12 +50,6 @@ def block_rows(logits_CV: Tensor) -> int:
     """Positions of one block."""
     num_bytes = BLOCK_BYTES_ON_GPU if logits_CV.is_cuda else BLOCK_BYTES
     return max(1, num_bytes // (4 * logits_CV.shape[1]))
-
-
-def kept_positions(weight_VD: Tensor) -> int:
-    """How many positions' float32 logits a forward pass may keep."""
-    num_bytes = KEPT_BYTES_ON_GPU if weight_VD.is_cuda else KEPT_BYTES
-    return num_bytes // (4 * len(weight_VD))
 
 
 def parts(num_positions: int, size: int) -> Iterator[slice]:
@@ -94,6 +88,40 @@ class Logits:
         else:
             torch.mm(hidden_CD, self.weight_VD.t(), out=logits_CV)
         return logits_CV if self.bias_V is None else logits_CV.add_(self.bias_V)
+
+
+class Kept:
+    """Chunks of one graph that wait for its backward pass, as far as the process's other graphs leave room."""
+
+    _bytes_of_all = 0
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, Tensor] = {}
+        self._bytes = 0
+
+    def room_for(self, start: int, like_CV: Tensor) -> Tensor | None:
+        """An empty chunk, in which the one that begins at position `start` will be found; None where it is too much."""
+        limit = KEPT_BYTES_ON_GPU if like_CV.is_cuda else KEPT_BYTES
+        if Kept._bytes_of_all + like_CV.nbytes > limit:
+            return None
+        self._count(like_CV.nbytes)
+        self._chunks[start] = torch.empty_like(like_CV)
+        return self._chunks[start]
+
+    def take(self, start: int) -> Tensor | None:
+        """The chunk, once."""
+        found = self._chunks.pop(start, None)
+        if found is not None:
+            self._count(-found.nbytes)
+        return found
+
+    def __del__(self) -> None:
+        """A graph may be dropped without a backward pass."""
+        self._count(-self._bytes)
+
+    def _count(self, num_bytes: int) -> None:
+        self._bytes += num_bytes
+        Kept._bytes_of_all += num_bytes
 
 
 class Gradients:

@@ -22,10 +22,10 @@ from torch import Tensor
 from modeseek_ray.objectives.head import (
     Gradients,
     Head,
+    Kept,
     Logits,
     block_rows,
     default_chunk,
-    kept_positions,
     parts,
 )
 
@@ -81,7 +81,7 @@ def token_scores(
         entropy or statistics,
         statistics,
         announced_M,
-        kept_positions(head_weight_VD) if torch.is_grad_enabled() and announced_M is None else 0,
+        Kept() if torch.is_grad_enabled() and announced_M is None else None,
     )
     return TokenScores(log_prob_M, correct_M, entropy_M, top_entropy_M)
 
@@ -149,7 +149,7 @@ class _TokenScores(torch.autograd.Function):
         entropy: bool,
         top_entropy: bool,
         announced_M: Tensor | None,
-        keep: int,
+        kept: Kept | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         logits = Logits(hidden_MD, Head(weight_VD, bias_V, scale), size)
         gradients = None
@@ -160,13 +160,12 @@ class _TokenScores(torch.autograd.Function):
             5, num_positions
         )
         correct_M = torch.empty(num_positions, dtype=torch.bool, device=hidden_MD.device)
-        kept: dict[int, Tensor] = {}  # first position of a chunk -> exp(logit - highest)
         for part in parts(num_positions, size):
             chunk_CV = logits(part)
-            keeps = part.stop <= keep
-            if keeps:
-                kept[part.start] = torch.empty_like(chunk_CV)
-            exp_BV = torch.empty_like(chunk_CV[: block_rows(chunk_CV)]) if entropy and not keeps else None
+            kept_CV = None if kept is None else kept.room_for(part.start, chunk_CV)
+            exp_BV = None
+            if entropy and kept_CV is None:
+                exp_BV = torch.empty_like(chunk_CV[: block_rows(chunk_CV)])
             for rows, logits_RV in _blocks(chunk_CV, part.start):
                 target_R1 = target_M[rows, None]
                 target_R = logits_RV.gather(1, target_R1).squeeze(1)
@@ -175,8 +174,8 @@ class _TokenScores(torch.autograd.Function):
                 if top_entropy:
                     top_entropy_M[rows] = _entropy(logits_RV.topk(min(TOP, logits_RV.shape[1]), dim=1).values)
                 below_RV = logits_RV.sub_(highest_R[:, None])
-                if keeps:
-                    exp_RV = kept[part.start][rows.start - part.start : rows.stop - part.start]
+                if kept_CV is not None:  # exp(logit - highest) is what is kept
+                    exp_RV = kept_CV[rows.start - part.start : rows.stop - part.start]
                 else:
                     exp_RV = logits_RV if exp_BV is None else exp_BV[: len(logits_RV)]
                 torch.exp(below_RV, out=exp_RV)
@@ -209,7 +208,7 @@ class _TokenScores(torch.autograd.Function):
             logits = Logits(hidden_MD, Head(weight_VD, bias_V, ctx.scale), ctx.size)
             gradients = Gradients(logits, ctx.needs_input_grad[:3])
             for part in parts(len(hidden_MD), ctx.size):
-                kept_CV = ctx.kept.pop(part.start, None)
+                kept_CV = None if ctx.kept is None else ctx.kept.take(part.start)
                 chunk_CV = logits(part) if kept_CV is None else kept_CV
                 for rows, exp_RV in _blocks(chunk_CV, part.start):
                     if kept_CV is None:

@@ -83,7 +83,7 @@ def test_another_gradient_than_announced_is_computed_as_ever(
     assert same_bits(all_bits(scores, parts), computed_again())
 
 
-@pytest.mark.parametrize(("positions", "recomputed"), [(M, 0), (20, 3), (CHUNK - 1, 5)])
+@pytest.mark.parametrize(("positions", "recomputed"), [(M, 0), (20, 3), (4, 5)])
 def test_whole_chunks_are_kept_as_far_as_there_is_room(
     positions: int, recomputed: int, computed: list[slice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +105,26 @@ def test_a_second_backward_pass_gives_the_same_again(
         torch.autograd.grad(scores.log_prob_M, parts, UPSTREAM_M, retain_graph=True) for _ in range(2)
     )
     assert all(map(torch.equal, first, second))
+
+
+def test_graphs_share_the_room_and_give_it_back(
+    computed: list[slice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept is bounded for all micro-batches together, also those whose graphs are dropped."""
+    monkeypatch.setattr(head, "KEPT_BYTES", (M + 20) * V * 4)
+    graphs = [scored()[0] for _ in range(3)]
+
+    def recomputed(scores: TokenScores) -> int:
+        before = len(computed)
+        scores.log_prob_M.backward(UPSTREAM_M)
+        return len(computed) - before
+
+    assert [recomputed(scores) for scores in graphs] == [0, 3, 5]
+    dropped = scored()[0]
+    assert head.Kept._bytes_of_all == M * V * 4
+    del dropped, graphs
+    assert head.Kept._bytes_of_all == 0
+    assert recomputed(scored()[0]) == 0
 
 
 def test_nothing_is_kept_without_gradient(computed: list[slice], monkeypatch: pytest.MonkeyPatch) -> None:
