@@ -249,8 +249,7 @@ def test_deepspeed_s_configuration_on_cards() -> None:
         "overlap_comm": True,
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
     }
-    host = deepspeed_config(Training(), resources, cuda=False, persistence_threshold=None)
-    assert config["optimizer"]["params"]["fused"] and "fused" not in host["optimizer"]["params"]
+    assert config["optimizer"]["params"]["fused"]
     assert config["bf16"]["enabled"] and config["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config["train_micro_batch_size_per_gpu"] == config["gradient_accumulation_steps"] == 1
 
