@@ -63,46 +63,51 @@ def serve(options: ServeOptions) -> None:
     with only_service(home), listen(options.host, options.port) as listener:
         store = Store(home.store_url, lease_s=options.lease_s)
         check_exposure(store, options.host)
-        with _ray(options, home, console) as head:
-            # Imported here: it takes seconds, and the checks above should answer at once.
-            from actors.ray_jobs import RayJobsLauncher
+        head: HeadKeeper | None = None
+        try:
+            with _ray(options, home, console) as head:
+                # Imported here: it takes seconds, and the checks above should answer at once.
+                from actors.ray_jobs import RayJobsLauncher
 
-            url = f"http://{options.host}:{options.port}"
-            validator = ProcessValidator(home)
-            dashboard = options.ray_address if head is None else head.dashboard
-            launcher = RayJobsLauncher(str(dashboard), home.storage, autoscaling=options.autoscaling)
-            if head is not None:
-                head.on_move(launcher.move)
-            reconciler = Reconciler(
-                store,
-                home,
-                launcher,
-                validator,
-                url=advertised,
-                settings=ReconcilerSettings(
-                    max_running_jobs=options.max_running_jobs,
-                    pause_grace_s=options.pause_grace_s,
-                    deadlines_s=options.deadlines_s,
-                ),
-                engines=EngineKeeper(store, home, launcher, url=advertised, settings=engine_settings),
-            )
-            app = create_app(
-                home,
-                store,
-                reconciler=reconciler,
-                validator=validator,
-                settings=ServiceSettings(
-                    roots=tuple(root.resolve() for root in options.roots),
-                    requests_per_minute=options.requests_per_minute,
-                    webhook_networks=options.webhook_networks,
-                ),
-            )
-            announce(app, options.host, options.port)
-            console.print(f"Serving at {url} (documentation: {url}/docs). Ctrl-C ends it.")
-            make_server(app, options.host, options.port).run(sockets=[listener])
-        if head is not None and not store.database.is_shared:  # else jobs may run on another service's head
-            end_attempts(store, home)
-        store.close()
+                url = f"http://{options.host}:{options.port}"
+                validator = ProcessValidator(home)
+                dashboard = options.ray_address if head is None else head.dashboard
+                launcher = RayJobsLauncher(str(dashboard), home.storage, autoscaling=options.autoscaling)
+                if head is not None:
+                    head.on_move(launcher.move)
+                reconciler = Reconciler(
+                    store,
+                    home,
+                    launcher,
+                    validator,
+                    url=advertised,
+                    settings=ReconcilerSettings(
+                        max_running_jobs=options.max_running_jobs,
+                        pause_grace_s=options.pause_grace_s,
+                        deadlines_s=options.deadlines_s,
+                    ),
+                    engines=EngineKeeper(store, home, launcher, url=advertised, settings=engine_settings),
+                )
+                app = create_app(
+                    home,
+                    store,
+                    reconciler=reconciler,
+                    validator=validator,
+                    settings=ServiceSettings(
+                        roots=tuple(root.resolve() for root in options.roots),
+                        requests_per_minute=options.requests_per_minute,
+                        webhook_networks=options.webhook_networks,
+                    ),
+                )
+                announce(app, options.host, options.port)
+                console.print(f"Serving at {url} (documentation: {url}/docs). Ctrl-C ends it.")
+                make_server(app, options.host, options.port).run(sockets=[listener])
+        finally:  # Ctrl-C comes as an exception
+            if (
+                head is not None and not store.database.is_shared
+            ):  # else jobs may run on another service's head
+                end_attempts(store, home)
+            store.close()
 
 
 def end_attempts(store: Store, home: Home) -> None:
