@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,9 @@ def two_attempts(job: JobConfig, results: Path) -> None:
             assert asyncio.run(opened.log(step, figures)) == []
             assert asyncio.run(opened.log(step, {ODD: 1.5})) == []
         assert opened.close() == []
+        time.sleep(
+            1.1
+        )  # W&B names the directory of an offline run by the second: a job's attempts are further apart
 
 
 def read_offline_runs(directory: Path) -> list[Any]:
@@ -101,13 +105,23 @@ def read_offline_runs(directory: Path) -> list[Any]:
     return records
 
 
+def _until_written(directory: Path, steps: int) -> list[Any]:
+    """W&B's own process writes the files, and may still be at it when the run is finished."""
+    deadline = time.monotonic() + 30
+    while True:
+        records = read_offline_runs(directory)
+        if sum(record.HasField("history") for record in records) >= steps or time.monotonic() > deadline:
+            return records
+        time.sleep(0.2)
+
+
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package itself, without a server: one run by the job's id, read back from its own files."""
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     two_attempts(config(type="wandb", wandb={"project": "mine", "tags": ["a"]}), tmp_path)
 
-    records = read_offline_runs(tmp_path)
+    records = _until_written(tmp_path, steps=3)
     runs = [record.run for record in records if record.HasField("run")]
     assert {(run.run_id, run.project, run.display_name) for run in runs} == {("ftjob-1", "mine", "ftjob-1")}
     assert {tuple(run.tags) for run in runs} == {("a",)}
