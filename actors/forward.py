@@ -173,7 +173,9 @@ class ForwardPasses:
             reference, log_reference_M = self._reference(part, log_reference)
             self._module.train()
             announced_M = None
-            if announce is not None and self._sequence.size == 1:
+            if (
+                announce is not None and self._sequence.size == 1
+            ):  # the loss of a shared sequence is all ranks'
                 announced_M = announce(index_B, part.whole)
             watching: AbstractContextManager[list[Tensor]] = nullcontext([])
             if self._balancing is not None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+# Of the file system, that is left to others: Ray stops working on one that is fuller than 95 %.
+LEFT_FREE = 0.1
 
 
 class _Place(NamedTuple):
@@ -22,11 +25,13 @@ class _Place(NamedTuple):
 class Shelf:
     """Flat tensors by name, in a temporary file without a name, which is gone when this process is.
 
-    What the file system has no room for stays in memory, and is said in the log.
+    What there is no room for stays in memory, and that is said in the log. The directory is Python's (`TMPDIR`).
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this object is)
+        # Unbuffered: what a full disk refuses must not wait in a buffer and be refused again later.
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as this object is)
+        self._end = 0
         self._places: dict[str, _Place] = {}
         self._in_memory: dict[str, Tensor] = {}
 
@@ -34,17 +39,15 @@ class Shelf:
         """Keep a copy of a flat tensor, whatever device it is on."""
         flat = tensor.detach().cpu().contiguous()
         data = flat.view(torch.uint8).numpy().data
-        offset = self._file.seek(0, 2)
         try:
-            self._file.write(data)
-            self._file.flush()
+            self._write(data)
         except OSError as error:
-            log.warning("%s is kept in memory: no room for it in %s (%s)", name, tempfile.gettempdir(), error)
-            with suppress(OSError):
-                self._file.truncate(offset)
+            where = tempfile.gettempdir()
+            log.warning("%s is kept in memory: %s has no room for it (%s)", name, where, error)
             self._in_memory[name] = flat.clone()
-            return
-        self._places[name] = _Place(offset, data.nbytes, flat.dtype)
+        else:
+            self._places[name] = _Place(self._end, data.nbytes, flat.dtype)
+            self._end += data.nbytes
 
     def get(self, name: str) -> Tensor:
         """The tensor, on the CPU. Raises `KeyError` for one that was never put here."""
@@ -52,8 +55,20 @@ class Shelf:
             return self._in_memory[name]
         place = self._places[name]
         data = torch.empty(place.num_bytes, dtype=torch.uint8)
+        rest = data.numpy().data
         self._file.seek(place.offset)
-        read = self._file.readinto(data.numpy().data)  # type: ignore[attr-defined]
-        if read != place.num_bytes:
-            raise OSError(f"{name}: {read} of {place.num_bytes} bytes came back from the temporary file")
+        while rest:
+            count = self._file.readinto(rest)  # type: ignore[attr-defined]
+            if not count:
+                raise OSError(f"{name}: the last {len(rest)} bytes are missing in the temporary file")
+            rest = rest[count:]
         return data.view(place.dtype)
+
+    def _write(self, data: memoryview) -> None:
+        """Behind what is there. Raises `OSError`, and what has got there is written over by the next."""
+        usage = shutil.disk_usage(tempfile.gettempdir())
+        if usage.free - data.nbytes < LEFT_FREE * usage.total:
+            raise OSError(f"{usage.free:,} bytes free of {usage.total:,}, {data.nbytes:,} more wanted")
+        self._file.seek(self._end)
+        while data:
+            data = data[self._file.write(data) :]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from fastapi import FastAPI
 from rich.console import Console
 
 from actors.head_keeper import HeadKeeper
@@ -55,7 +56,7 @@ def serve(options: ServeOptions) -> None:
     console = Console(stderr=True, highlight=False)
     configure(options.log_format, logging.WARNING if options.log_format == "text" else logging.INFO)
     parse_networks(options.webhook_networks)
-    engine_settings = EngineSettings.from_environment()
+    EngineSettings.from_environment()  # refused now, not after Ray has started
     cluster = None if options.ray_address is None else urlsplit(options.ray_address).hostname
     advertised = url_for_drivers(
         options.host, options.port, cluster, os.environ.get("MODESEEK_ADVERTISE_URL")
@@ -66,40 +67,9 @@ def serve(options: ServeOptions) -> None:
         head: HeadKeeper | None = None
         try:
             with _ray(options, home, console) as head:
-                # Imported here: it takes seconds, and the checks above should answer at once.
-                from actors.ray_jobs import RayJobsLauncher
-
-                url = f"http://{options.host}:{options.port}"
-                validator = ProcessValidator(home)
-                dashboard = options.ray_address if head is None else head.dashboard
-                launcher = RayJobsLauncher(str(dashboard), home.storage, autoscaling=options.autoscaling)
-                if head is not None:
-                    head.on_move(launcher.move)
-                reconciler = Reconciler(
-                    store,
-                    home,
-                    launcher,
-                    validator,
-                    url=advertised,
-                    settings=ReconcilerSettings(
-                        max_running_jobs=options.max_running_jobs,
-                        pause_grace_s=options.pause_grace_s,
-                        deadlines_s=options.deadlines_s,
-                    ),
-                    engines=EngineKeeper(store, home, launcher, url=advertised, settings=engine_settings),
-                )
-                app = create_app(
-                    home,
-                    store,
-                    reconciler=reconciler,
-                    validator=validator,
-                    settings=ServiceSettings(
-                        roots=tuple(root.resolve() for root in options.roots),
-                        requests_per_minute=options.requests_per_minute,
-                        webhook_networks=options.webhook_networks,
-                    ),
-                )
+                app = _application(options, home, store, head, advertised)
                 announce(app, options.host, options.port)
+                url = f"http://{options.host}:{options.port}"
                 console.print(f"Serving at {url} (documentation: {url}/docs). Ctrl-C ends it.")
                 make_server(app, options.host, options.port).run(sockets=[listener])
         finally:  # Ctrl-C comes as an exception
@@ -108,6 +78,45 @@ def serve(options: ServeOptions) -> None:
             ):  # else jobs may run on another service's head
                 end_attempts(store, home)
             store.close()
+
+
+def _application(
+    options: ServeOptions, home: Home, store: Store, head: HeadKeeper | None, advertised: str
+) -> FastAPI:
+    """The API with its reconciler. `advertised` is the URL by which drivers report."""
+    # Imported here: it takes seconds, and what `serve` checks before should answer at once.
+    from actors.ray_jobs import RayJobsLauncher
+
+    validator = ProcessValidator(home)
+    dashboard = options.ray_address if head is None else head.dashboard
+    launcher = RayJobsLauncher(str(dashboard), home.storage, autoscaling=options.autoscaling)
+    if head is not None:
+        head.on_move(launcher.move)
+    engine_settings = EngineSettings.from_environment()
+    reconciler = Reconciler(
+        store,
+        home,
+        launcher,
+        validator,
+        url=advertised,
+        settings=ReconcilerSettings(
+            max_running_jobs=options.max_running_jobs,
+            pause_grace_s=options.pause_grace_s,
+            deadlines_s=options.deadlines_s,
+        ),
+        engines=EngineKeeper(store, home, launcher, url=advertised, settings=engine_settings),
+    )
+    return create_app(
+        home,
+        store,
+        reconciler=reconciler,
+        validator=validator,
+        settings=ServiceSettings(
+            roots=tuple(root.resolve() for root in options.roots),
+            requests_per_minute=options.requests_per_minute,
+            webhook_networks=options.webhook_networks,
+        ),
+    )
 
 
 def end_attempts(store: Store, home: Home) -> None:

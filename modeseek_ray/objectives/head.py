@@ -20,7 +20,7 @@ from torch import Tensor
 # Of float32 logits: large enough for an efficient product, small beside a model. The weights are read again
 # for every chunk, and a GPU multiplies faster than it reads.
 CHUNK_BYTES, CHUNK_BYTES_ON_GPU = 64 * 2**20, 512 * 2**20
-# Of those, what is looked at in one go; its log-probabilities take as much memory again. Much smaller blocks would
+# Of those, what is looked at in one go; its exponentials take as much memory again. Much smaller blocks would
 # fit a cache, but threads that wait for each other after every small kernel lose more where a machine is shared.
 BLOCK_BYTES, BLOCK_BYTES_ON_GPU = 16 * 2**20, 64 * 2**20
 # Chunks that forward passes keep, so that their backward passes need not compute them again, over all graphs of a

@@ -172,7 +172,7 @@ class _TokenScores(torch.autograd.Function):
                 highest_R = logits_RV.amax(1)
                 correct_M[rows] = target_R >= highest_R
                 if top_entropy:
-                    top_entropy_M[rows] = _entropy(logits_RV.topk(min(TOP, logits_RV.shape[1]), dim=1).values)
+                    top_entropy_M[rows] = _top_entropy(logits_RV)
                 below_RV = logits_RV.sub_(highest_R[:, None])
                 if kept_CV is not None:  # exp(logit - highest) is what is kept
                     exp_RV = kept_CV[rows.start - part.start : rows.stop - part.start]
@@ -200,10 +200,8 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_M: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden_MD, weight_VD, bias_V, target_M, highest_M, total_M, announced_M = ctx.saved_tensors
-        gradients, ctx.gradients = (
-            ctx.gradients,
-            None,
-        )  # used up, as what is kept: a second pass computes again
+        gradients = ctx.gradients
+        ctx.gradients = None  # used up, as what is kept: a second backward pass computes again
         if gradients is None or not torch.equal(grad_M, announced_M):
             logits = Logits(hidden_MD, Head(weight_VD, bias_V, ctx.scale), ctx.size)
             gradients = Gradients(logits, ctx.needs_input_grad[:3])
@@ -279,7 +277,8 @@ class _TokenKl(torch.autograd.Function):
         return *gradients.result(hidden_MD, weight_VD, bias_V), None, None, None, None, None
 
 
-def _entropy(logits_CV: Tensor) -> Tensor:
-    """Entropy of softmax(logits) per row, nats."""
-    log_prob_CV = logits_CV.log_softmax(1)
-    return -(log_prob_CV.exp() * log_prob_CV).sum(1)
+def _top_entropy(logits_RV: Tensor) -> Tensor:
+    """Entropy per row of the softmax over the `TOP` largest logits, nats."""
+    top_RK = logits_RV.topk(min(TOP, logits_RV.shape[1]), dim=1).values
+    log_prob_RK = top_RK.log_softmax(1)
+    return -(log_prob_RK.exp() * log_prob_RK).sum(1)

@@ -214,6 +214,7 @@ def relative_difference(first: dict[str, np.ndarray], second: dict[str, np.ndarr
 
 _rank: TrainerRank | None = None
 _projections = 0
+_returns = 0
 
 
 def _serve(pipe: Connection) -> None:
@@ -292,6 +293,25 @@ def count_projections(_: TrainerRank, kept_bytes: int) -> None:
         return compute(self, part)
 
     head.Logits.__call__ = counting  # type: ignore[method-assign]
+
+
+def watch_returned_memory(_: TrainerRank, least_bytes: int) -> None:
+    """From now on embeddings of so many bytes are large, and what would return memory is counted."""
+    from actors import allocator
+
+    global _returns
+    _returns = 0
+    allocator.LARGE_EMBEDDINGS_BYTES = least_bytes
+
+    def counting() -> None:
+        global _returns
+        _returns += 1
+
+    allocator.return_freed_memory = counting
+
+
+def returns(_: TrainerRank) -> int:
+    return _returns
 
 
 def projections(_: TrainerRank) -> int:

@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from actors import allocator
+from modeseek_ray.types import Sample
+from tests.actors import ranks as inside
+from tests.actors.ranks import Start, plan_for
 
 # Blocks of 1 MiB, below the limit from which glibc maps a block on its own; one of 256 KiB on top
 # of them keeps the heap from shrinking by itself.
@@ -60,3 +63,13 @@ def test_memory_is_returned_where_the_backward_pass_reaches_large_embeddings(
     assert not calls
     hidden.sum().backward()
     assert len(calls) == returned
+
+
+@pytest.mark.slow
+def test_a_trainer_s_embeddings_are_watched(start: Start, samples: list[Sample]) -> None:
+    """Once for each micro-batch of a step."""
+    start().inside(inside.watch_returned_memory, 1)
+    trainer = start(micro_batch_size=4)  # in the same process
+    trainer.step(samples, plan_for(samples))
+    assert trainer.inside(inside.returns) == [2]
+    trainer.inside(inside.watch_returned_memory, allocator.LARGE_EMBEDDINGS_BYTES)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-from typing import Any
+import resource
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from actors.shelf import Shelf
 
@@ -36,28 +40,46 @@ def test_later_changes_of_the_tensor_do_not_reach_it() -> None:
     assert torch.equal(shelf.get("a"), torch.ones(3))
 
 
-def test_what_has_no_room_stays_in_memory(
+def kept(shelf: Shelf) -> dict[str, Tensor]:
+    """Put there, changed where they came from, and read again."""
+    for name, tensor in TENSORS.items():
+        own = tensor.clone()
+        shelf.put(name, own)
+        own.zero_()
+    return {name: shelf.get(name) for name in TENSORS}
+
+
+def are_all_there(found: dict[str, Tensor]) -> bool:
+    return all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_what_a_full_disk_refuses_stays_in_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Every write to /dev/full is refused for want of space."""
+    full = Path("/dev/full").open("r+b", buffering=0)  # noqa: SIM115 (the shelf's)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda buffering: full)
+    assert are_all_there(kept(Shelf()))
+    assert caplog.text.count("no room for it") == 3  # nothing is written of an empty one
+
+
+def test_a_disk_that_fills_up_half_way_through_a_tensor(caplog: pytest.LogCaptureFixture) -> None:
+    """The limit of a file's size, 2,000 bytes into the first of 4,000."""
     shelf = Shelf()
-    shelf.put("before", torch.zeros(4))
-    file: Any = shelf._file
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        found = kept(shelf)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert are_all_there(found)
+    assert [r.args[0] for r in caplog.records] == ["weights"]  # type: ignore[index]
 
-    class Full:
-        def write(self, data: Any) -> None:
-            file.write(bytes(data)[:5])  # a part of it may have got there
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(file, name)
-
-    tensor = torch.ones(3)
-    monkeypatch.setattr(shelf, "_file", Full())
-    shelf.put("a", tensor)
-    monkeypatch.setattr(shelf, "_file", file)
-    shelf.put("after", torch.full((2,), 2.0))
-    tensor.zero_()
-    assert "no room" in caplog.text
-    assert shelf.get("before").tolist() == [0] * 4
-    assert shelf.get("a").tolist() == [1] * 3
-    assert shelf.get("after").tolist() == [2, 2]
+def test_a_tenth_of_the_disk_is_left_to_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """4,000 bytes more would leave less than a tenth free; 14 and 40 do not."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=100_000, free=13_999))
+    assert are_all_there(kept(Shelf()))
+    assert [r.args[0] for r in caplog.records] == ["weights"]  # type: ignore[index]
