@@ -15,10 +15,9 @@ from modeseek_ray.config import Lora, Resources
 from modeseek_ray.jobs.models import ModelInfo
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default communication bucket
-HEAD_CHUNK_BYTES, HEAD_CHUNK_BYTES_ON_GPU = (
-    64 * 2**20,
-    512 * 2**20,
-)  # of float32 logits at a time (objectives/head.py)
+# Of float32 logits: computed at a time, and waiting for their backward pass on a CPU, at most (objectives/head.py).
+HEAD_CHUNK_BYTES, HEAD_CHUNK_BYTES_ON_GPU = 64 * 2**20, 512 * 2**20
+KEPT_LOGITS_BYTES = 256 * 2**20
 # Values kept per position and layer for the backward pass, in widths: measured with saved-tensor
 # hooks on Qwen3 (12.6 + 4 * MLP width / h, here MLP width = 4 h) and Qwen3-MoE (33 to 38 at k * f = 4 h).
 ACTIVATION_WIDTHS_DENSE, ACTIVATION_WIDTHS_MOE = 29, 38
@@ -32,7 +31,8 @@ ASSUMPTIONS = (
     f"Activations: {ACTIVATION_WIDTHS_DENSE} widths per position and layer in a dense model,"
     f" {ACTIVATION_WIDTHS_MOE} in a mixture of experts; with gradient checkpointing one width per layer and"
     " one layer in full. Attention does not hold its [positions, positions] scores.",
-    "Logits are never held: 64 MiB of them at a time (512 MiB on a GPU), forward and backward.",
+    "Logits are computed 64 MiB at a time (512 MiB on a GPU), forward and backward. A CPU keeps up to 256 MiB of"
+    " them for the backward pass where a token's gradient depends on its own log-probability.",
     "Ranks that share sequences hold equal parts of them; the head's work lies where the trained tokens do.",
     "Micro-batches are full. Allocator fragmentation is not counted: leave a tenth free.",
 )
@@ -133,6 +133,12 @@ def head_part(model: ModelInfo, resources: Resources, positions: int) -> Part:
     logits, formula = logit_bytes(model, resources, positions), _logits_formula(resources)
     num_bytes = 3 * logits + copies * 4 * model.vocab_size * model.hidden_size
     return Part("head", num_bytes, f"3 x min({formula}, 4 V x {positions:,} positions) + {4 * copies} V h")
+
+
+def kept_logits_part(model: ModelInfo, positions: int) -> Part:
+    """Logits that forward passes on a CPU leave to their backward passes, at most."""
+    num_bytes = min(KEPT_LOGITS_BYTES, 4 * model.vocab_size * positions)
+    return Part("kept logits", num_bytes, f"min(256 MiB, 4 V x {positions:,} positions)")
 
 
 def logits_part(model: ModelInfo, resources: Resources, positions: int) -> Part:

@@ -209,6 +209,8 @@ def _trainers(
         memory.activation_part(model, resources, positions),
         memory.head_part(model, resources, positions),
     ]
+    if not resources.gpus_per_worker and _keeps_logits(config):
+        parts.append(memory.kept_logits_part(model, positions))
     if _needs_frozen_copy(config):
         b = memory.value_bytes(resources)
         parts.append(Part("frozen start", b * model.num_parameters, f"{b} P, whole on each rank"))
@@ -254,11 +256,25 @@ def _positions_held(config: JobConfig, training: ResolvedTraining | None, data: 
         return micro
     samples = -(-training.batch_size // resources.trainer_groups)
     share = samples * mean_length / resources.sequence_parallel / (1 - data_padding(data))
-    keeps = "policy" in needs(config.weighting) and resources.keep_graph != "never"
-    keeps = keeps and config.routing_replay != "R0"  # scored under other experts than it is stepped on
-    if keeps and memory.effective_stage(resources) <= 2:
+    if _keeps_graphs(config):
         return round(share)
     return min(micro, max(round(share), longest or 0))
+
+
+def _keeps_graphs(config: JobConfig) -> bool:
+    """Whether the graphs of a batch's scoring passes wait for its step."""
+    resources = config.resources
+    wanted = "policy" in needs(config.weighting) and resources.keep_graph != "never"
+    scored_as_stepped = config.routing_replay != "R0"  # else under other experts
+    return wanted and scored_as_stepped and memory.effective_stage(resources) <= 2
+
+
+def _keeps_logits(config: JobConfig) -> bool:
+    """Whether the loss's gradient at a log-probability is known only after the forward pass (actors/loss.py)."""
+    online = config.online
+    corrected = online is not None and (online.effective_clip is not None or online.mismatch is not None)
+    by_token = config.weighting.token.scheme != "none"
+    return _keeps_graphs(config) or by_token or corrected or config.resources.sequence_parallel > 1
 
 
 def _round_positions(config: JobConfig, model: ModelInfo, data: DataReport | None) -> int:

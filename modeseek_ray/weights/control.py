@@ -14,6 +14,7 @@ from modeseek_ray.types import FloatArray
 from modeseek_ray.weights import gamma as ways
 from modeseek_ray.weights.likelihood import RATIOS_TO_START
 from modeseek_ray.weights.solve import largest_feasible, largest_feasible_unbounded, log_conditional_ess
+from modeseek_ray.weights.sums import dot
 
 NOISE_FACTOR = 3.0  # L counts as signal beyond this many deviations of what rounding alone gave
 UNTRAINED = "untrained"  # in the controller's state until the first step's report
@@ -45,8 +46,8 @@ class Tempering:
         live_A = self.log_ratio_A[self.base_A > 0]
         if len(live_A) == 0 or live_A.min() == live_A.max():
             return 0.0
-        mean = self.base_A @ self.log_ratio_A
-        return float(np.sqrt(self.base_A @ np.square(self.log_ratio_A - mean)))
+        mean = dot(self.base_A, self.log_ratio_A)
+        return float(np.sqrt(dot(self.base_A, np.square(self.log_ratio_A - mean))))
 
     def log_ess(self, gamma: float) -> float:
         return 0.0 if gamma == 0 else log_conditional_ess(self.log_f(gamma), self.base_A)

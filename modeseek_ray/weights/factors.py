@@ -23,6 +23,7 @@ from modeseek_ray.weights.registry import SIGNED, Scheme, keywords, positionals,
 from modeseek_ray.weights.row_values import RowValues
 from modeseek_ray.weights.scope import Scope
 from modeseek_ray.weights.solve import log_conditional_ess
+from modeseek_ray.weights.sums import dot
 from modeseek_ray.weights.weighting import Weighting, uses_likelihood
 
 LARGEST_EXPONENT = 700.0  # exp(709.8) is the largest double
@@ -187,7 +188,7 @@ def _b_mean_one(log_f_A: FloatArray, weight_A: FloatArray) -> FloatArray:
     if most == -np.inf:
         return np.zeros(len(log_f_A))
     f_A = np.exp(np.minimum(log_f_A - most, 0.0))
-    return f_A * (weight_A.sum() / (weight_A @ f_A))
+    return f_A * (weight_A.sum() / dot(weight_A, f_A))
 
 
 def _log_ratio(
@@ -210,9 +211,10 @@ def _per_sample(batch: Batch, setting: PerSampleGamma, ratio_A: FloatArray, base
     nll_A = batch.initial_nll_A
     distance_A = batch.columns_A["distance_N"] if how.distance == "kl" or nll_A is None else nll_A
     scale = how.scale or float(np.median(distance_A))
+    mean = dot(base_A, ratio_A)
     if scale <= 0:
-        return ratio_A - base_A @ ratio_A
-    return (ratio_A - base_A @ ratio_A) / (1 + distance_A / scale)
+        return ratio_A - mean
+    return (ratio_A - mean) / (1 + distance_A / scale)
 
 
 def _median_nll(batch: Batch) -> float:

@@ -12,6 +12,7 @@ from modeseek_ray.weights.guards import pareto_smooth
 from modeseek_ray.weights.likelihood import log_positive
 from modeseek_ray.weights.row_values import RowValues
 from modeseek_ray.weights.solve import effective_sample_size
+from modeseek_ray.weights.sums import dot
 
 STARVED_BELOW = 0.1  # cumulative weight of a row over its visits
 
@@ -36,7 +37,7 @@ def measure(batch: Batch, values_A: FloatArray, memory: dict[str, Any]) -> dict[
         metrics |= {
             "largest_share": float(share_A[0]),
             "top1pct_share": float(share_A[: -(-size // 100)].sum()),
-            "entropy": float(-(live_A @ np.log(live_A))),  # nats; ln n for equal weights
+            "entropy": float(-dot(live_A, np.log(live_A))),  # nats; ln n for equal weights
             "max_weight": float(values_A.max()),
             "zero_share": float((values_A == 0).mean()),
         }
@@ -55,7 +56,7 @@ def _correlation(x_A: FloatArray, y_A: FloatArray | None) -> float | None:
         return None
     x_A, y_A = x_A - x_A.mean(), y_A - y_A.mean()
     x_A, y_A = x_A / np.abs(x_A).max(), y_A / np.abs(y_A).max()  # squares stay within range
-    return float(x_A @ y_A / np.sqrt((x_A @ x_A) * (y_A @ y_A)))
+    return float(dot(x_A, y_A) / np.sqrt(dot(x_A, x_A) * dot(y_A, y_A)))
 
 
 def _starved_share(batch: Batch, values_A: FloatArray, memory: dict[str, Any]) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from modeseek_ray.types import FloatArray
+from modeseek_ray.weights.sums import dot
 
 _RELATIVE = 1e-13  # how exactly a root is found; finer costs one more pass over all samples
 
@@ -23,7 +24,7 @@ def effective_sample_size(weights_N: FloatArray) -> float:
     if largest == 0:
         return 0.0
     scaled_N = np.abs(weights_N) / largest  # so that squares stay within range
-    return float(scaled_N.sum() ** 2 / (scaled_N @ scaled_N))
+    return float(scaled_N.sum() ** 2 / dot(scaled_N, scaled_N))
 
 
 def log_conditional_ess(log_u_N: FloatArray, base_N: FloatArray) -> float:
@@ -38,9 +39,9 @@ def log_conditional_ess(log_u_N: FloatArray, base_N: FloatArray) -> float:
     if most == -np.inf:
         return -np.inf
     u_N = np.exp(log_u_N - most)
-    first = float(base_N @ u_N)
+    first = dot(base_N, u_N)
     np.square(u_N, out=u_N)
-    return float(2 * np.log(first) - np.log(base_N @ u_N))
+    return float(2 * np.log(first) - np.log(dot(base_N, u_N)))
 
 
 def largest_feasible(log_ess: Callable[[float], float], floor: float, cap: float) -> tuple[float, bool]:

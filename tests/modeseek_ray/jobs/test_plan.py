@@ -233,6 +233,25 @@ def test_logits_are_held_in_chunks_of_at_most_64_mib() -> None:
     assert many.num_bytes == 3 * 64 * 2**20 + 2 * 4 * 128_000 * 100
 
 
+def kept_logits(found: Plan) -> int:
+    """Bytes of a trainer's; 0 where the plan has no such part."""
+    parts = (*trainer(found).host, *trainer(found).device)
+    return sum(p.num_bytes for p in parts if p.name == "kept logits")
+
+
+def test_logits_wait_for_the_backward_pass_where_it_cannot_be_known_before() -> None:
+    """Four bytes of each of 1,000 tokens: of a batch that is scored first, of one micro-batch under a token factor."""
+    assert kept_logits(plan(config({"preset": "sft"}), model(), data())) == 0
+    by_token = plan(config({"preset": "dft"}), model(), data())
+    by_policy = plan(config({"preset": "mode_seeking"}), model(), data())
+    assert 0 < kept_logits(by_token) <= kept_logits(by_policy)
+    assert kept_logits(by_policy) % 4_000 == 0
+    wide = plan(config({"preset": "mode_seeking"}), model(vocab_size=10_000_000), data())
+    assert kept_logits(wide) == 256 * 2**20
+    resources = {"gpus_per_worker": 1}
+    assert kept_logits(plan(config({"preset": "dft"}, resources=resources), model(), data())) == 0
+
+
 def test_routes_that_are_replayed_are_carried_by_the_trainers() -> None:
     """Two experts a token in ten layers, a byte each: 8 samples of 20 + 12 positions over two ranks."""
     moe = model(num_experts=8, experts_per_token=2, num_expert_parameters=500_000)
