@@ -65,7 +65,7 @@ playground: setup  ## Make the small MoE and dense models and their data (5 minu
 	@$(PYTHON_VENV) -m modeseek_ray.playground moe
 	@$(PYTHON_VENV) -m modeseek_ray.playground dense
 
-bench: setup-dev playground  ## Every speed benchmark beside its peer, one table (about 25 minutes; goes on where it was)
+bench: setup-dev playground  ## Every speed benchmark beside its peer, one table (about 20 minutes; goes on where it was)
 	@$(PYTHON_VENV) -m tests.bench $(BENCH_ARGS)
 
 faults: setup-dev playground  ## Break everything at every point: kills, stops, full disks; the table of all cells (goes on where it was)

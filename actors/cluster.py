@@ -20,6 +20,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.bundles import layout_of
+from actors.environments import generator_environment, scorer_environment, trainer_environment
 from actors.generator import GeneratorEngine, GeneratorSpec
 from actors.generator_pool import GeneratorPool
 from actors.network import free_port
@@ -29,7 +30,6 @@ from actors.reference import ReferenceModel, ScoringSpec
 from actors.reward_model import ClassifierPool, RewardModel, RewardModelSpec
 from actors.scorers import ScorerPool
 from actors.trainer import TrainerRank
-from actors.vllm_engine import environment as vllm_environment
 from modeseek_ray.data.batching import deal
 from modeseek_ray.errors import (
     ModeseekError,
@@ -172,7 +172,7 @@ class RayPlacement:
                     # A step is not idempotent: a rank that died ends the attempt, never a silent redo.
                     max_restarts=0,
                     max_task_retries=0,
-                    runtime_env={"env_vars": worker_environment(self._resources)},
+                    runtime_env={"env_vars": trainer_environment(self._resources)},
                 ).remote(spec, rank, count, address, port),
                 f"trainer rank {rank} on {nodes[rank]}",
             )
@@ -250,7 +250,7 @@ class RayPlacement:
                     # The weights never change, so a call may be made again on a new process.
                     max_restarts=3,
                     max_task_retries=3,
-                    runtime_env={"env_vars": worker_environment(self._resources)},
+                    runtime_env={"env_vars": trainer_environment(self._resources)},
                 ).remote(spec),
                 f"scorer {index}",
             )
@@ -324,34 +324,6 @@ def _nodes_of(seats: Sequence[Seat]) -> list[str]:
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     tables = {group.id: placement_group_table(group)["bundles_to_node_id"] for group, _ in seats}
     return [addresses.get(tables[group.id].get(index), "a lost node") for group, index in seats]
-
-
-def worker_environment(resources: Resources) -> dict[str, str]:
-    """What must be set before a worker imports torch or DeepSpeed."""
-    environment = scorer_environment(max(1, int(resources.cpus_per_worker)))
-    if not resources.gpus_per_worker:
-        environment["DS_ACCELERATOR"] = "cpu"
-    return environment
-
-
-def scorer_environment(num_threads: int) -> dict[str, str]:
-    """What must be set before a worker imports torch."""
-    return {
-        "OMP_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve the other workers
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-
-
-def generator_environment(spec: GeneratorSpec) -> dict[str, str]:
-    """What must be set before a worker imports torch or vLLM."""
-    threads = max(1, int(spec.cpus_per_worker))
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        **vllm_environment(spec),
-    }
 
 
 def free_address() -> tuple[str, int]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from actors.environments import scorer_environment
 from actors.reference import ReferenceModel, ScoringSpec
 from actors.score_cache import (
     MICRO_BATCHES_PER_BLOCK,
@@ -198,12 +199,7 @@ def _here(blocks: Sequence[pa.Table], spec: ScoringSpec) -> Iterator[Scored]:
 
 
 def _on_ray(blocks: Sequence[pa.Table], spec: ScoringSpec, num_scorers: int) -> Iterator[Scored]:
-    environment = {
-        "OMP_NUM_THREADS": str(spec.num_threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve the other workers
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = scorer_environment(spec.num_threads)
     if min(num_scorers, len(blocks)) == 1:
         return _by_one_actor(blocks, spec, environment)
     return _by_ray_data(blocks, spec, num_scorers, environment)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.cluster import RayWorker, generator_environment
+from actors.cluster import RayWorker
+from actors.environments import generator_environment
 from actors.generator import GeneratorEngine, GeneratorSpec, Request, requests_of
 from modeseek_ray.types import Completion, Prompt
 

@@ -1,6 +1,6 @@
 """All speed benchmarks beside their peers, in one run, as one table.
 
-    make bench                                        # everything, about 25 minutes on two cores
+    make bench                                        # everything, about 20 minutes on two cores
     make bench BENCH_ARGS='--only sync rollout'       # some of it
     python -m tests.bench --list                      # what there is
 

@@ -15,6 +15,5 @@ def environment(threads: int) -> dict[str, str]:
     return {
         **inherited,
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
     }

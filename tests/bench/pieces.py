@@ -168,6 +168,8 @@ def online(model: str) -> list[Line]:
     lines = [Line("online", f"samples/s over TRL GRPO, {where}", *shown, speed_up(found), *aim)]  # type: ignore[arg-type]
     by_cpu = speed_up(found, unit="samples_per_cpu_second")
     lines.append(Line("online", f"the same by CPU time, {where}", ratio=by_cpu))
+    overlapped = speed_up(found, "ours_overlapped")
+    lines.append(Line("online", f"the same with max_staleness 1, {where}", ratio=overlapped))
     for name, how in (("ours", "sync, max_staleness 0"), ("ours_overlapped", "overlapped, max_staleness 1")):
         figures = found[name]
         shown = [f"{figures['samples_per_second']:.2f} samples/s", "of wall time"]
