@@ -98,7 +98,7 @@ def rollout() -> list[Line]:
 
     lines = []
     for moe in (False, True):
-        case, kind = Case(moe=moe, repeats=3), "MoE" if moe else "dense"
+        case, kind = Case(moe=moe, num_prompts=12, repeats=3), "MoE" if moe else "dense"
         with tempfile.TemporaryDirectory(prefix="modeseek-bench-") as scratch:
             model = Path(scratch) / "model"
             build_model(case, model)
@@ -124,7 +124,7 @@ def sync() -> list[Line]:
     from tests.bench.rollout import Case, build_model, run
 
     lines, seconds = [], {}
-    for width, layers, repeats in ((128, 4, 5), (512, 16, 5), (1024, 20, 2)):
+    for width, layers, repeats in ((128, 4, 5), (512, 16, 5), (1024, 12, 2)):
         case = Case(moe=False, width=width, layers=layers, vocabulary=512, repeats=repeats)
         with tempfile.TemporaryDirectory(prefix="modeseek-bench-") as scratch:
             model = Path(scratch) / "model"
@@ -222,9 +222,9 @@ PIECES = {
             lambda: train_step(128_000, "train_step_128k"),
         ),
         Piece("growth", "training and scoring over tokens", 95, step_growth),
-        Piece("rollout", "vLLM through the actor, routes", 200, rollout),
-        Piece("sync", "weights from trainer to engine", 125, sync),
-        Piece("online", "whole loop beside TRL GRPO, 40 M", 330, lambda: online("40m")),
+        Piece("rollout", "vLLM through the actor, routes", 190, rollout),
+        Piece("sync", "weights from trainer to engine", 105, sync),
+        Piece("online", "whole loop beside TRL GRPO, 40 M", 310, lambda: online("40m")),
         Piece("playground", "whole loop beside TRL GRPO, playground", 105, lambda: online("playground")),
     )
 }

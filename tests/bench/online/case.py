@@ -20,7 +20,7 @@ class Case:
     """The work, the same for all contenders."""
 
     model: Literal["40m", "playground"] = "40m"
-    prompts: int = 6
+    prompts: int = 5
     samples: int = 8
     max_tokens: int = 192
     rounds: int = 2  # counted; one more goes before them
