@@ -250,11 +250,12 @@ def test_logits_wait_for_the_backward_pass_where_it_cannot_be_known_before() -> 
     assert kept_logits(wide) == 256 * 2**20
     resources = {"gpus_per_worker": 1}
     assert kept_logits(plan(config({"preset": "dft"}, resources=resources), model(), data())) == 0
+    shared = {"trainers": 2, "sequence_parallel": 2}
+    assert kept_logits(plan(config({"preset": "sft"}, resources=shared), model(), data())) > 0
 
 
-def test_routes_that_are_replayed_are_carried_by_the_trainers() -> None:
-    """Two experts a token in ten layers, a byte each: 8 samples of 20 + 12 positions over two ranks."""
-    moe = model(num_experts=8, experts_per_token=2, num_expert_parameters=500_000)
+def online_config(**online: Any) -> JobConfig:
+    """Eight samples a round, graded by their text; two trainers."""
     grader = {
         "type": "string_check",
         "input": "{{ sample.output_text }}",
@@ -262,13 +263,28 @@ def test_routes_that_are_replayed_are_carried_by_the_trainers() -> None:
         "operation": "eq",
     }
     rollout = {"samples_per_prompt": 4, "prompts_per_round": 2, "max_tokens": 12}
-    online = {"preset": "grpo", "grader": grader, "rollout": rollout, "routing_replay": "R3"}
-    job = parse_config(
+    section = {"preset": "grpo", "grader": grader, "rollout": rollout, **online}
+    return parse_config(
         {
             "model": "playground/moe",
             "training_file": "a.jsonl",
-            "method": {"type": "online", "online": online},
+            "method": {"type": "online", "online": section},
             "resources": {"trainers": 2},
         }
     )
+
+
+def test_logits_wait_where_clips_and_mismatch_factors_look_at_the_step_s_own_log_probabilities() -> None:
+    """An on-policy step has neither: nothing is clipped before the second one on the same samples."""
+    assert kept_logits(plan(online_config(), model(), data())) == 0
+    clipped = online_config(training={"inner_steps": 2})
+    corrected = online_config(mismatch={"scheme": "tis"})
+    assert kept_logits(plan(clipped, model(), data())) > 0
+    assert kept_logits(plan(corrected, model(), data())) > 0
+
+
+def test_routes_that_are_replayed_are_carried_by_the_trainers() -> None:
+    """Two experts a token in ten layers, a byte each: 8 samples of 20 + 12 positions over two ranks."""
+    moe = model(num_experts=8, experts_per_token=2, num_expert_parameters=500_000)
+    job = online_config(routing_replay="R3")
     assert part(trainer(plan(job, moe, data())), "routes") == 10 * 2 * 8 * 32 // 2
